@@ -1,0 +1,123 @@
+"""FSPAD draft configuration."""
+
+import os
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+
+MAX_TREE_NODES = 4096
+
+
+@strict
+class FSPADConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`FSPADDraftModel`]: a one-layer, feature-level draft for one target (arXiv 2408.15562).
+
+    The draft owns no embedding and no LM head; it reads the target's, so `vocab_size` and `hidden_size` are the
+    target's: the vocabulary, and the width of the LM head's *input* (which is not `hidden_size` on OPT-350m).
+
+    Args:
+        vocab_size: the target's vocabulary size.
+        hidden_size: width h of the features, the token embeddings and the LM head's input.
+        intermediate_size: width I of the feature sampler and of the layer's MLP.
+        num_attention_heads, num_key_value_heads, head_dim: attention shape; key-value heads default to
+            `num_attention_heads`, `head_dim` to `hidden_size / num_attention_heads`.
+        feature_sampling: the embedding-gated MLP on top of the fully connected join (paper, section 3.1).
+        partial_alignment: two output halves, one for the logits and one for the feature (paper, section 3.2).
+            With both off the network *is* the EAGLE / EAGLE-2 draft, parameter for parameter.
+        fc_bias: bias on the fully connected join (some public EAGLE checkpoints have none).
+        tree_depth: levels of the draft tree below its root.
+        tree_top_k: children of a node, and nodes expanded at each level.
+        tree_total_nodes: nodes verified each round, the root not counted.
+        coupled_drafting: when sampling, let the draft see the noise of the coming draws. Never changes a token.
+        coupling_kappa: sharpness of the confidence in a coupled tree's cumulative scores.
+        target_name_or_path: where the target came from (Hub id or path).
+        target_model_type: the target's `model_type`.
+    """
+
+    model_type = "fspad"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: int | float | None = 0.0
+    mlp_bias: bool = False
+    feature_sampling: bool = True
+    partial_alignment: bool = True
+    fc_bias: bool = True
+    tree_depth: int = 6
+    tree_top_k: int = 10
+    tree_total_nodes: int = 59
+    coupled_drafting: bool = True
+    coupling_kappa: int | float = 1.0
+    target_name_or_path: str | None = None
+    target_model_type: str | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Part of the `@strict` validation: the shape must make a network."""
+        if self.num_attention_heads < 1 or self.num_attention_heads % max(self.num_key_value_heads, 1):
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a positive multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even (rotary position embeddings turn pairs); choose "
+                f"num_attention_heads so that hidden_size={self.hidden_size} / num_attention_heads is even, "
+                "or set head_dim."
+            )
+
+    def validate_tree(self):
+        """Part of the `@strict` validation, and run again before decoding: the tree must be one that can grow."""
+        for name, low, high in (
+            ("tree_depth", 1, 64),
+            ("tree_top_k", 1, min(self.vocab_size, 256)),
+            ("tree_total_nodes", 1, MAX_TREE_NODES),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(
+                    f"{name}={value!r} makes no tree: expected an integer from {low} to {high} "
+                    f"(defaults: tree_depth=6, tree_top_k=10, tree_total_nodes=59)."
+                )
+        reach = self.tree_top_k + (self.tree_depth - 1) * self.tree_top_k**2
+        if self.tree_total_nodes > reach:
+            raise ValueError(
+                f"tree_total_nodes={self.tree_total_nodes} is more than the {reach} nodes that "
+                f"tree_depth={self.tree_depth} and tree_top_k={self.tree_top_k} can grow; "
+                f"set tree_total_nodes to at most {reach}, or grow a deeper or wider tree."
+            )
+        if not self.coupling_kappa > 0:
+            raise ValueError(f"coupling_kappa={self.coupling_kappa!r} must be above 0 (default 1.0).")
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
+        # A pipeline looks a string draft's class up as `getattr(transformers, architecture)`, so the list must
+        # name a class that transformers itself has; the registration then leads it to ours.
+        self.architectures = ["FSPADDraftModel", "AutoModelForCausalLM"]
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+AutoConfig.register("fspad", FSPADConfig, exist_ok=True)
+
+__all__ = ["FSPADConfig"]
