@@ -1,0 +1,186 @@
+"""The draft at work: grows a dynamic tree (EAGLE-2, arXiv 2406.16858, section 4) from the target's true features."""
+
+import copy
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import (
+    CandidateGenerator,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from ..modeling_fspad import FSPADDraftModel
+from .cache import ArenaCache
+from .target import Target
+from .tree import CandidateTree, prune
+from .verification import NoiseQueue
+
+# Functions of the scores alone, so the draft's distribution can be put through them as the target's is.
+STATIC_WARPERS = (
+    TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper,
+    TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper,
+)  # fmt: skip
+
+
+class FSPADCandidateGenerator(CandidateGenerator):
+    """
+    Candidates from a [`FSPADDraftModel`], as a tree ([`~FSPADCandidateGenerator.grow`]) or, through the base class's
+    contract, as the tree's most confident chain ([`~FSPADCandidateGenerator.get_candidates`]).
+
+    Args:
+        draft: the draft; cast to the target's dtype and device for this call if it differs.
+        target: the call's view of the target.
+        logits_processor: the call's processors, of which the static warpers shape coupled drafting.
+        noise: the coming draws; `None` drafts uncoupled.
+    """
+
+    requires_model_outputs = True
+    model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": True}
+
+    def __init__(
+        self,
+        draft: FSPADDraftModel,
+        target: Target,
+        logits_processor: LogitsProcessorList | None = None,
+        noise: NoiseQueue | None = None,
+    ):
+        self.config = draft.config
+        self.target = target
+        self.draft = _matched(draft, target.head.weight)
+        self.warpers = LogitsProcessorList(p for p in logits_processor or () if type(p) in STATIC_WARPERS)
+        self.noise = noise if draft.config.coupled_drafting else None
+        self.cache = ArenaCache(num_layers=1)
+        self._logit_feature = self._feature = None  # [1, 1, hidden]: o_logit and o_feature of the root
+
+    @torch.no_grad()
+    def accept(self, features: torch.Tensor, tokens: torch.LongTensor):
+        """
+        Takes in true pairs (f_t, token t+1), the last token being the next tree's root.
+
+        The draft's keys and values of accepted tokens are always made from the target's own features here; those a
+        tree was grown on are gone.
+
+        Args:
+            features (`[1, new, hidden]`), tokens (`[1, new]`).
+        """
+        new, start = tokens.shape[1], self.cache.length
+        mask = None
+        if new > 1 and (start or self.draft.config._attn_implementation != "sdpa"):
+            rows = torch.arange(start, start + new, device=self.draft.device)[:, None]
+            mask = _additive(torch.arange(start + new, device=self.draft.device) <= rows, self.draft.dtype)
+        out = self._step(tokens, features, torch.arange(start, start + new)[None], mask)
+        self.cache.keep(list(range(new)))
+        self._logit_feature, self._feature = out.logit_features[:, -1:], out.features[:, -1:]
+
+    @torch.no_grad()
+    def grow(self, root: torch.LongTensor, depth: int) -> CandidateTree:
+        """
+        Grows a tree of at most `depth` levels below `root` (`[1, 1]`) and keeps its best nodes.
+
+        Level 1 is the root's top k children. Of each level the k best nodes are expanded by one batched draft step,
+        k children each; at the end the best of all nodes by cumulative log-confidence are kept.
+        """
+        if depth < 1:
+            return CandidateTree.root(root)
+        k, device = self.config.tree_top_k, self.draft.device
+        rows = self.noise.peek(depth) if self.noise is not None else None  # [depth, V]
+        confidences, tokens = self._children(self._logit_feature, rows, 0)  # [1, 1, k]
+        frontier_scores, frontier_tokens = confidences[0, 0], tokens[0, 0]
+        frontier_features = self._feature.expand(-1, k, -1)
+        frontier_nodes = torch.arange(1, k + 1, device=device)
+        seen = torch.zeros(k, 0, dtype=torch.bool, device=device)  # which tree rows of the draft's cache each sees
+        levels = [(frontier_tokens, torch.zeros_like(frontier_nodes), frontier_scores)]
+        start, grown = self.cache.length, k
+
+        for level in range(1, depth):
+            seen = torch.cat((seen, torch.eye(k, dtype=torch.bool, device=device)), dim=-1)
+            mask = torch.cat((torch.ones(k, start, dtype=torch.bool, device=device), seen), dim=-1)
+            positions = torch.full((1, k), start + level - 1)
+            self.cache.length = start + (level - 1) * k  # append after the levels above
+            out = self._step(frontier_tokens[None], frontier_features, positions, _additive(mask, self.draft.dtype))
+            confidences, tokens = self._children(out.logit_features, rows, level)  # [1, k, k]
+            scores = (frontier_scores[:, None] + confidences[0]).flatten()
+            levels.append((tokens.flatten(), frontier_nodes.repeat_interleave(k), scores))
+            best = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).topk(k).indices
+            parents = best // k
+            frontier_scores, frontier_tokens = scores[best], tokens.flatten()[best]
+            frontier_features, seen = out.features[:, parents], seen[parents]
+            frontier_nodes = 1 + grown + best
+            grown += k * k
+        self.cache.length = start  # the tree's rows were made from drafted features: drop them
+
+        depths = torch.cat([torch.full_like(part[0], level + 1) for level, part in enumerate(levels)])
+        tokens, parents, scores = (torch.cat(parts) for parts in zip(*levels, strict=True))
+        return prune(root.to(device), tokens, parents, depths, scores, self.config.tree_total_nodes)
+
+    def get_candidates(self, input_ids: torch.LongTensor, model_outputs=None, is_first_iteration=False, **kwargs):
+        """
+        The base class's contract, for the host's own chain verification: `input_ids` with the most confident path of a
+        tree behind it, and no logits (the candidates are deterministic).
+
+        Args:
+            input_ids (`[1, length]`): all tokens so far.
+            model_outputs: the last forward's, with `hidden_states`.
+            is_first_iteration: nothing has been forwarded yet, so nothing can be drafted.
+        """
+        if is_first_iteration:
+            return input_ids, None
+        start = self.cache.length
+        new = input_ids.shape[1] - 1 - start
+        self.accept(model_outputs.hidden_states[-1][:, :new], input_ids[:, start + 1 :])
+        tree = self.grow(input_ids[:, -1:], self.config.tree_depth)
+        path, node = [], 0
+        first_child = {}
+        for child, parent in enumerate(tree.parents[0].tolist()[1:], start=1):
+            first_child.setdefault(parent, child)
+        while (node := first_child.get(node)) is not None:
+            path.append(node)
+        chain = tree.tokens[:, path].to(input_ids.device)
+        return torch.cat((input_ids, chain), dim=-1), None
+
+    def _step(self, tokens, features, positions, mask):
+        device, dtype = self.draft.device, self.draft.dtype
+        return self.draft(
+            inputs_embeds=self.target.embed(tokens).to(device, dtype),
+            features=features.to(device, dtype),
+            position_ids=positions.to(device),
+            attention_mask=mask,
+            past_key_values=self.cache,
+        )
+
+    def _children(self, logit_features: torch.Tensor, rows: torch.Tensor | None, depth: int):
+        """
+        The top k children of each node: log-confidences and tokens, both `[1, nodes, k]`.
+
+        Uncoupled: the log-softmax of the raw draft logits. Coupled: log-softmax(kappa (log q - log E)) with q the
+        draft's warped distribution and E the row of noise that will decide the draw at this depth, so that the child
+        which wins is the one the draw would pick if the draft were the target.
+        """
+        scores = self.target.draft_logits(logit_features).float().to(self.draft.device)
+        if rows is not None:
+            flat = self.warpers(None, scores[0]) if self.warpers else scores[0]
+            log_noise = rows[depth].to(scores.device).clamp(min=torch.finfo(torch.float32).tiny).log()
+            scores = (self.config.coupling_kappa * (flat - log_noise))[None]
+        values, tokens = scores.topk(self.config.tree_top_k, dim=-1)
+        return values - scores.logsumexp(-1, keepdim=True), tokens
+
+
+def _additive(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    """`[queries, keys]` bool to `[1, 1, queries, keys]` float."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
+
+
+def _matched(draft: FSPADDraftModel, like: torch.Tensor) -> FSPADDraftModel:
+    """The draft in the LM head's dtype and device: itself, or a copy that lives as long as the call."""
+    dtype = like.dtype if like.dtype.is_floating_point else draft.dtype
+    if draft.dtype == dtype and draft.device == like.device:
+        return draft
+    return copy.deepcopy(draft).to(device=like.device, dtype=dtype)

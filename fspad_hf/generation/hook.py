@@ -1,0 +1,154 @@
+"""The one patch on transformers, and the rules by which a call falls back to plain decoding."""
+
+import functools
+
+import torch
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+from transformers.utils import logging
+
+from ..modeling_fspad import FSPADDraftModel
+from .decoding import FSPADGenerateOutput, tree_decoding
+from .probe import probe
+
+logger = logging.get_logger(__name__)
+
+# What `generate` itself hands to a decoder-only text model; anything else is input that a tree knows nothing of.
+KNOWN_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+
+
+def install():
+    """Lets `generate` take a [`FSPADDraftModel`] as `assistant_model`. Done on import; a second call does nothing."""
+    if not hasattr(GenerationMixin._assisted_decoding, "_fspad_original"):
+        GenerationMixin._assisted_decoding = _wrap_decoding(GenerationMixin._assisted_decoding)
+        GenerationMixin._validate_generation_mode = _wrap_validation(GenerationMixin._validate_generation_mode)
+
+
+def uninstall():
+    """Puts transformers back as it was."""
+    if hasattr(GenerationMixin._assisted_decoding, "_fspad_original"):
+        GenerationMixin._assisted_decoding = GenerationMixin._assisted_decoding._fspad_original
+        GenerationMixin._validate_generation_mode = GenerationMixin._validate_generation_mode._fspad_original
+
+
+def _wrap_decoding(original):
+    @functools.wraps(original)
+    def _assisted_decoding(
+        self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None,
+        inputs_tensor=None, assistant_model=None, assistant_tokenizer=None, tokenizer=None, **model_kwargs,
+    ):  # fmt: skip
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if not isinstance(assistant_model, FSPADDraftModel):
+            return original(
+                self, *arguments, synced_gpus=synced_gpus, streamer=streamer, inputs_tensor=inputs_tensor,
+                assistant_model=assistant_model, assistant_tokenizer=assistant_tokenizer, tokenizer=tokenizer,
+                **model_kwargs,
+            )  # fmt: skip
+        reason = why_not(self, assistant_model, input_ids, generation_config, model_kwargs, synced_gpus)
+        if reason is None:
+            return tree_decoding(self, assistant_model, *arguments, streamer=streamer, **model_kwargs)
+        logger.warning_once(
+            f"{type(self).__name__} generates without speculation in this call, because {reason}. The output is that "
+            "of plain `generate`."
+        )
+        # type() for the unbound method, as `generate` itself looks decoding methods up
+        output = type(self)._sample(
+            self, *arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
+        )
+        return FSPADGenerateOutput(**output) if type(output) is GenerateDecoderOnlyOutput else output
+
+    _assisted_decoding._fspad_original = original
+    return _assisted_decoding
+
+
+def _wrap_validation(original):
+    @functools.wraps(original)
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        draft = generation_mode_kwargs.get("assistant_model")
+        if not isinstance(draft, FSPADDraftModel):
+            return original(self, generation_mode, generation_config, generation_mode_kwargs)
+        check_pair(self, draft)
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            # Whatever plain decoding can do is allowed: what cannot be speculated falls back to it.
+            plain = GenerationMode.SAMPLE if generation_config.do_sample else GenerationMode.GREEDY_SEARCH
+            kept = {k: v for k, v in generation_mode_kwargs.items() if not k.startswith("assistant_")}
+            return original(self, plain, generation_config, kept)
+        logger.warning_once(f"{generation_mode.value} takes no draft: this call generates without speculation.")
+        for name in ("assistant_model", "assistant_tokenizer"):
+            generation_mode_kwargs.pop(name, None)  # the dict that `generate` hands on to the decoding method
+        return original(self, generation_mode, generation_config, generation_mode_kwargs)
+
+    _validate_generation_mode._fspad_original = original
+    return _validate_generation_mode
+
+
+def check_pair(target: PreTrainedModel, draft: FSPADDraftModel):
+    """
+    Raises before anything runs if the draft cannot belong to the target.
+
+    Raises:
+        ValueError: a draft without weights (on `meta`), of another width or vocabulary, with other special tokens, or
+            with tree settings that make no tree.
+    """
+    if draft.device.type == "meta":
+        raise ValueError(
+            "The draft is on the `meta` device and has no weights: load it with FSPADDraftModel.from_pretrained(...)."
+        )
+    draft.config.validate_tree()
+    text, head = target.config.get_text_config(), target.get_output_embeddings()
+    made_for = f"The draft (made for {draft.config.target_name_or_path!r}) does not fit {type(target).__name__}"
+    remedy = "pass a draft trained for this target, or make one with FSPADDraftModel.from_target(target)."
+    if head is not None and head.weight.shape[-1] != draft.config.hidden_size:
+        raise ValueError(
+            f"{made_for}: its hidden_size is {draft.config.hidden_size}, the target's LM head reads "
+            f"{head.weight.shape[-1]}; {remedy}"
+        )
+    if text.vocab_size != draft.config.vocab_size:
+        raise ValueError(
+            f"{made_for}: its vocab_size is {draft.config.vocab_size}, the target's {text.vocab_size}; {remedy}"
+        )
+    for name in ("bos_token_id", "eos_token_id"):
+        ours, theirs = _ids(getattr(draft.config, name, None)), _ids(getattr(text, name, None))
+        if ours and theirs and ours != theirs:
+            raise ValueError(f"{made_for}: its {name} is {sorted(ours)}, the target's {sorted(theirs)}; {remedy}")
+
+
+def _ids(token_id: int | list[int] | None) -> set[int]:
+    return set() if token_id is None else {token_id} if isinstance(token_id, int) else set(token_id)
+
+
+def why_not(
+    model: PreTrainedModel,
+    draft: FSPADDraftModel,
+    input_ids: torch.LongTensor,
+    generation_config,
+    model_kwargs: dict,
+    synced_gpus: bool = False,
+) -> str | None:
+    """The reason why this call cannot be speculated, or `None`; completes "... because"."""
+    cache = model_kwargs.get("past_key_values")
+    unknown = sorted(k for k, v in model_kwargs.items() if k not in KNOWN_MODEL_KWARGS and v is not None)
+    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    rules = {
+        "it is an encoder-decoder model": model.config.is_encoder_decoder,
+        "num_return_sequences is above 1": (generation_config.num_return_sequences or 1) > 1,
+        f"the batch has {input_ids.shape[0]} rows (one is supported)": input_ids.shape[0] != 1,
+        "the prompt is empty": input_ids.shape[1] == 0,
+        "use_cache is off": not model_kwargs.get("use_cache", True),
+        "synced_gpus is on": synced_gpus,
+        "the target is in train mode": model.training,
+        "the draft is in train mode (call draft.eval())": draft.training,
+        f"of the inputs {unknown}": bool(unknown),
+        "output_attentions or output_hidden_states was asked for": generation_config.return_dict_in_generate
+        and (generation_config.output_attentions or generation_config.output_hidden_states),
+        f"its cache is a {type(cache).__name__}": type(cache) is not DynamicCache,
+        "its cache is offloaded": getattr(cache, "offloading", False),
+        "the cache passed in already holds tokens": type(cache) is DynamicCache and cache.get_seq_length() > 0,
+        "of the shape of position_ids": positions is not None and positions.dim() != 2,
+        "of the shape of attention_mask": mask is not None and mask.shape != input_ids.shape,
+    }
+    reason = next((reason for reason, holds in rules.items() if holds), None)
+    if reason is None and any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
+        reason = f"its cache has {sorted({type(x).__name__ for x in cache.layers})} layers"
+    return reason or probe(model).reason

@@ -1,0 +1,153 @@
+"""What tree speculation needs of the target: its features, one forward over a tree, and the function from features to logits."""
+
+import inspect
+import threading
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+from .cache import ArenaCache
+from .tree import CandidateTree
+
+
+class Target:
+    """
+    One call's view of the target model.
+
+    Features are what the decoder returns, caught by a forward hook that listens only to this thread and only during
+    this object's own forwards (a classifier-free-guidance processor calls the same model). On a decoder compiled in
+    place hooks never fire; then `use_hook=False` takes the last of `output_hidden_states`.
+
+    Args:
+        model: the target.
+        use_hook: as found by the probe.
+        logit_transform: name of a function in [`LOGIT_TRANSFORMS`], as found by the probe.
+    """
+
+    def __init__(self, model: PreTrainedModel, use_hook: bool = True, logit_transform: str = "identity"):
+        self.model = model
+        self.embedding = model.get_input_embeddings()
+        self.head = model.get_output_embeddings()
+        self.use_hook = use_hook
+        self.logit_transform = LOGIT_TRANSFORMS[logit_transform]
+        self.text_config = model.config.get_text_config()
+        self._thread = threading.get_ident()
+        self._caught: list[torch.Tensor] | None = None
+
+    @contextmanager
+    def listening(self):
+        """Catches the decoder's features for as long as the context lasts."""
+        handle = self.model.get_decoder().register_forward_hook(self._catch)
+        try:
+            yield self
+        finally:
+            handle.remove()
+
+    def _catch(self, module, args, output):
+        if self._caught is not None and threading.get_ident() == self._thread:
+            self._caught.append(output[0])
+
+    @contextmanager
+    def _armed(self):
+        self._caught = []
+        try:
+            yield self._caught
+        finally:
+            self._caught = None
+
+    def prefill(self, input_ids: torch.LongTensor, generation_config, model_kwargs: dict):
+        """The host's own prefill. Returns its outputs and the features of the prompt, `[batch, prompt, hidden]`."""
+        if not self.use_hook:
+            model_kwargs = {**model_kwargs, "output_hidden_states": True}
+        with self._armed() as caught:
+            outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
+        return outputs, self._features(outputs, caught)
+
+    def verify(
+        self, tree: CandidateTree, cache: ArenaCache, prefix: torch.BoolTensor, position: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        One forward over every node of `tree`.
+
+        Args:
+            cache: holds the `length` tokens before the root; the nodes' rows are appended.
+            prefix (`[batch, length]`): False on padding.
+            position: the root's position id.
+
+        Returns:
+            logits (`[batch, nodes, vocabulary]`) and features (`[batch, nodes, hidden]`).
+        """
+        tree = tree.to(self.model.device)
+        inputs = {
+            "input_ids": tree.tokens,
+            "position_ids": position + tree.depths,
+            "attention_mask": self._mask(tree, prefix.to(self.model.device)),
+            "past_key_values": cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        if not self.use_hook:
+            inputs["output_hidden_states"] = True
+        with self._armed() as caught:
+            outputs = self.model(**inputs)
+        return outputs.logits, self._features(outputs, caught)
+
+    def draft_logits(self, features: torch.Tensor) -> torch.Tensor:
+        """What the target would make of `features`: its LM head and whatever it applies after it."""
+        return self.logit_transform(self.text_config, self.head(features.to(self.head.weight.device)))
+
+    def embed(self, tokens: torch.LongTensor) -> torch.Tensor:
+        return self.embedding(tokens.to(self.embedding.weight.device))
+
+    def _features(self, outputs, caught: list[torch.Tensor]) -> torch.Tensor:
+        if not self.use_hook:
+            return outputs.hidden_states[-1]
+        if not caught:
+            raise RuntimeError("The target's decoder was compiled after it was probed: its features are out of reach.")
+        return torch.cat(caught, dim=1)
+
+    def _mask(self, tree: CandidateTree, prefix: torch.BoolTensor):
+        """One mask, or one per kind of layer where the model mixes kinds."""
+        windows = attention_windows(self.text_config)
+        dtype = self.model.dtype
+        masks = {kind: tree.attention_mask(prefix, dtype, window) for kind, window in windows.items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def attention_windows(text_config) -> dict[str, int | None]:
+    """
+    The sliding window (or `None`) of each kind of attention layer, as the host's own cache sees them.
+
+    Raises:
+        ValueError: a kind of layer that no tree mask can serve, or two windows within one kind.
+    """
+    kinds = getattr(text_config, "layer_types", None)
+    layers = DynamicCache(config=text_config).layers
+    if kinds is None or len(kinds) < len(layers):
+        kinds = ["attention"] * max(len(layers), 1)
+    windows: dict[str, int | None] = {}
+    for index, kind in enumerate(kinds):
+        if kind not in ("attention", "full_attention", "sliding_attention"):
+            raise ValueError(f"its layers include {kind!r}")
+        layer = layers[index] if index < len(layers) else None
+        window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        if windows.setdefault(kind, window) != window:
+            raise ValueError(f"its {kind!r} layers have different windows")
+    return windows
+
+
+def accepts_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+# What some models do to the output of their LM head. The probe finds out which one reproduces the model's logits.
+LOGIT_TRANSFORMS = {
+    "identity": lambda config, logits: logits,
+    "logit_scale": lambda config, logits: logits * config.logit_scale,  # Cohere
+    "logits_scaling": lambda config, logits: logits / config.logits_scaling,  # Granite
+    "final_logit_softcapping": lambda config, logits: (  # Gemma 2, Gemma 3
+        torch.tanh(logits / config.final_logit_softcapping) * config.final_logit_softcapping
+    ),
+}
