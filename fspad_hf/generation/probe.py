@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .cache import ArenaCache
-from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows
+from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, is_compiled
 from .tree import CandidateTree
 
 TOLERANCE = 0.2  # of what a causal mask in the tree's place would change
@@ -34,8 +34,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         model.config.get_text_config()._attn_implementation,
         model.dtype,
         model.device,
-        model._compiled_call_impl is not None,
-        id(model.__dict__.get("forward")),
+        is_compiled(model),
     )
     known = model.__dict__.setdefault("_fspad_probe", {})
     if key not in known:
@@ -65,16 +64,15 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
         sequence = torch.cat((prompt, nodes[:, slots]), dim=1)
         return model(input_ids=sequence, use_cache=False, return_dict=True).logits[0, -len(slots) :].float()
 
-    for use_hook in (True, False):
-        target = Target(model, use_hook=use_hook)
-        with target.listening(), target._armed() as caught:
-            cache = DynamicCache(config=text_config)
-            outputs = model(
-                input_ids=prompt, past_key_values=cache, use_cache=True, return_dict=True,
-                output_hidden_states=None if use_hook else True,
-            )  # fmt: skip
-        if caught or not use_hook:
-            break
+    use_hook = not is_compiled(model)
+    target = Target(model, use_hook)
+    with target.listening(), target._armed() as caught:
+        outputs = model(
+            input_ids=prompt, past_key_values=DynamicCache(config=text_config), use_cache=True, return_dict=True,
+            output_hidden_states=not use_hook,
+        )  # fmt: skip
+    if use_hook and not caught:
+        return ProbeResult("its decoder's output is out of reach of a forward hook")
     features = target._features(outputs, caught)
     transform = _logit_transform(target, features[:, -1:], outputs.logits[:, -1:])
     if transform is None:

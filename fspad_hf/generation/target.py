@@ -17,8 +17,8 @@ class Target:
     One call's view of the target model.
 
     Features are what the decoder returns, caught by a forward hook that listens only to this thread and only during
-    this object's own forwards (a classifier-free-guidance processor calls the same model). On a decoder compiled in
-    place hooks never fire; then `use_hook=False` takes the last of `output_hidden_states`.
+    this object's own forwards (a classifier-free-guidance processor calls the same model). In a decoder compiled in
+    place hooks do not fire; then `use_hook=False` takes the last of `output_hidden_states`.
 
     Args:
         model: the target.
@@ -39,6 +39,9 @@ class Target:
     @contextmanager
     def listening(self):
         """Catches the decoder's features for as long as the context lasts."""
+        if not self.use_hook:  # a compiler would trace the hook into its graph
+            yield self
+            return
         handle = self.model.get_decoder().register_forward_hook(self._catch)
         try:
             yield self
@@ -104,8 +107,6 @@ class Target:
     def _features(self, outputs, caught: list[torch.Tensor]) -> torch.Tensor:
         if not self.use_hook:
             return outputs.hidden_states[-1]
-        if not caught:
-            raise RuntimeError("The target's decoder was compiled after it was probed: its features are out of reach.")
         return torch.cat(caught, dim=1)
 
     def _mask(self, tree: CandidateTree, prefix: torch.BoolTensor):
@@ -136,6 +137,14 @@ def attention_windows(text_config) -> dict[str, int | None]:
         if windows.setdefault(kind, window) != window:
             raise ValueError(f"its {kind!r} layers have different windows")
     return windows
+
+
+def is_compiled(model: PreTrainedModel) -> bool:
+    """Whether the model or its decoder was compiled in place: `.compile()`, or a compiled function as its `forward`."""
+    return any(
+        module._compiled_call_impl is not None or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
+        for module in (model, model.base_model, model.get_decoder())
+    )
 
 
 def accepts_positions(model: PreTrainedModel) -> bool:

@@ -1,0 +1,91 @@
+"""Where two token sequences part, and how near the target was to a tie there.
+
+Legend: p the target's processed distribution, E a draw's row of Exp(1) noise; the draw is argmax(log p - log E).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """
+    Args:
+        index: of the first token that differs, counted from 0 at the end of the prompt.
+        plain_token, other_token: what stands there; `None` where a sequence has ended.
+        gap: greedy, the top-1 less the top-2 logit after the processors; sampled, the two tokens' difference in
+            log p - log E. `None` if a sequence has ended, or the device's noise cannot be redrawn.
+        other_rank: how many tokens the target prefers to `other_token`: 1 for the runner-up, as in a near tie.
+    """
+
+    index: int
+    plain_token: int | None
+    other_token: int | None
+    gap: float | None
+    other_rank: int | None
+
+
+@torch.no_grad()
+def first_divergence(
+    model: PreTrainedModel,
+    inputs: Mapping[str, torch.Tensor],
+    plain: torch.LongTensor,
+    other: torch.LongTensor,
+    *,
+    seed: int = 0,
+    **generate_kwargs,
+) -> Divergence | None:
+    """
+    Compares the tokens of plain `generate` with another run's; `None` if they are the same.
+
+    If they differ, plain `generate` is run again up to the difference. The random state is left changed.
+
+    Args:
+        inputs: `input_ids` (`[1, prompt]`) and what else `generate` was given with it.
+        plain, other (`[1, prompt + new]`): the two runs' sequences.
+        seed: what `torch.manual_seed` was given before the plain run.
+        generate_kwargs: the plain run's, without a length, a streamer or a draft.
+    """
+    prompt = inputs["input_ids"].shape[1]
+    ours, theirs = plain[0, prompt:].tolist(), other[0, prompt:].tolist()
+    shared = min(len(ours), len(theirs))
+    index = next((i for i in range(shared) if ours[i] != theirs[i]), shared)
+    if index == shared:
+        if len(ours) == len(theirs):
+            return None
+        ended = [tokens[index] if index < len(tokens) else None for tokens in (ours, theirs)]
+        return Divergence(index, *ended, gap=None, other_rank=None)
+    scores = _scores(model, inputs, index, seed, generate_kwargs)
+    if not generate_kwargs.get("do_sample"):
+        top = scores.topk(2).values
+        return Divergence(index, ours[index], theirs[index], float(top[0] - top[1]), _rank(scores, theirs[index]))
+    if inputs["input_ids"].device.type not in ("cpu", "cuda"):  # elsewhere multinomial may be another algorithm
+        return Divergence(index, ours[index], theirs[index], gap=None, other_rank=None)
+    noise = _noise(model, inputs, index, len(scores), seed, generate_kwargs)
+    race = torch.log_softmax(scores, dim=-1) - noise.log()
+    gap = float(race[ours[index]] - race[theirs[index]])
+    return Divergence(index, ours[index], theirs[index], gap, _rank(race, theirs[index]))
+
+
+def _scores(model: PreTrainedModel, inputs: Mapping, index: int, seed: int, generate_kwargs: dict) -> torch.Tensor:
+    """The processed logits of new token `index`, `[vocabulary]`."""
+    torch.manual_seed(seed)
+    wanted = {**generate_kwargs, "return_dict_in_generate": True, "output_scores": True}
+    return model.generate(**inputs, **wanted, max_new_tokens=index + 1).scores[index][0].float()
+
+
+def _noise(
+    model: PreTrainedModel, inputs: Mapping, index: int, vocabulary: int, seed: int, generate_kwargs: dict
+) -> torch.Tensor:
+    """The Exp(1) row E with which new token `index` was drawn, `[vocabulary]`."""
+    torch.manual_seed(seed)
+    if index:
+        model.generate(**inputs, **generate_kwargs, max_new_tokens=index)
+    return torch.empty(1, vocabulary, device=inputs["input_ids"].device).exponential_()[0]
+
+
+def _rank(preference: torch.Tensor, token: int) -> int:
+    return int((preference > preference[token]).sum())

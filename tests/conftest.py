@@ -1,0 +1,113 @@
+import random
+
+import pytest
+import torch
+
+from fspad_hf import FSPADCandidateGenerator, FSPADDraftModel
+from fspad_hf.generation.tree import CandidateTree
+
+from . import tiny
+
+torch.set_num_threads(1)  # tiny tensors: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny.build("llama")
+
+
+@pytest.fixture(scope="session")
+def llama_draft(llama):
+    return fresh_draft(llama)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture
+def prompt():
+    return torch.tensor([[1, 17, 5, 40, 9, 33, 21, 8, 50, 12, 3]])
+
+
+def fresh_draft(target, **overrides) -> FSPADDraftModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return FSPADDraftModel.from_target(target, **overrides)
+
+
+class Oracle:
+    """
+    Grows trees around a known continuation: the true next token with probability `accuracy`, plus distractors.
+
+    Distractors come before and after the true child and have children of their own, so that an accepted path is
+    scattered over the slots: a random draft would hardly ever exercise the compaction of such paths.
+    """
+
+    def __init__(self, reference: list[int], accuracy: float, vocab_size: int):
+        self.reference, self.accuracy, self.vocab_size = reference, accuracy, vocab_size
+        self.random = random.Random(0)
+
+    def grow(self, generator, root, depth):
+        length = generator.cache.length + 1
+        tokens, parents, depths, true_nodes = [int(root)], [0], [0], {0}
+        level = [0]
+        for d in range(1, depth + 1):
+            grown = []
+            for parent in self.random.sample(level, min(3, len(level))) + [n for n in level if n in true_nodes]:
+                if any(parents[n] == parent for n in grown):
+                    continue
+                truth = self.reference[length + d - 1] if length + d - 1 < len(self.reference) else None
+                children = set(self.random.sample(range(self.vocab_size), 2)) - {truth}
+                right = parent in true_nodes and truth is not None and self.random.random() < self.accuracy
+                for token in self.random.sample([*children, truth] if right else [*children], len(children) + right):
+                    grown.append(len(tokens))
+                    if right and token == truth:
+                        true_nodes.add(len(tokens))
+                    tokens.append(token), parents.append(parent), depths.append(d)
+            level = grown
+        return CandidateTree(*(torch.tensor([x], device=root.device) for x in (tokens, parents, depths)))
+
+
+@pytest.fixture
+def oracle(monkeypatch):
+    """Replaces the draft's trees by an [`Oracle`]'s: `oracle(reference, accuracy, vocab_size)`."""
+
+    def use(reference, accuracy, vocab_size):
+        made = Oracle(reference, accuracy, vocab_size)
+        monkeypatch.setattr(FSPADCandidateGenerator, "grow", lambda self, root, depth: made.grow(self, root, depth))
+
+    yield use
+
+
+@pytest.fixture
+def same(oracle):
+    """
+    `same(model, ids, ...)`: plain generate and speculative generate give the same tokens and the same generator state,
+    for three accuracies of the oracle, without a fall-back and with tau > 2 at the best. Returns the last pair.
+    """
+
+    def check(model, ids, *, draft=None, accuracies=(0.0, 0.5, 0.95), seed=3, min_tau=2.0, each=None, **kwargs):
+        draft = draft if draft is not None else fresh_draft(model)
+        kwargs = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0, **kwargs}
+        kwargs["return_dict_in_generate"] = True
+        make = each or (lambda: {})
+        torch.manual_seed(seed)
+        plain = model.generate(ids, **kwargs, **make())
+        state = torch.get_rng_state()
+        reference = plain.sequences[0].tolist()
+        if "attention_mask" in kwargs:
+            reference = [t for t, m in zip(reference, kwargs["attention_mask"][0].tolist() + [1] * 999) if m]
+        for accuracy in accuracies:
+            oracle(reference, accuracy, model.config.get_text_config().vocab_size)
+            torch.manual_seed(seed)
+            fast = model.generate(ids, assistant_model=draft, **kwargs, **make())
+            assert fast.speculation is not None, "fell back to plain decoding"
+            assert fast.sequences.tolist() == plain.sequences.tolist()
+            assert torch.equal(torch.get_rng_state(), state)
+        if min_tau and fast.speculation.rounds:
+            assert fast.speculation.tau > min_tau
+        return plain, fast
+
+    return check

@@ -1,0 +1,88 @@
+"""Tiny models built from configs: no download, a fraction of a second each."""
+
+import torch
+import transformers as tf
+
+COMMON = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+MIXED = ["full_attention", "sliding_attention"]
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
+NO_KV = {k: v for k, v in COMMON.items() if k != "num_key_value_heads"}
+
+CONFIGS = {
+    "llama": lambda: tf.LlamaConfig(**COMMON),
+    "mistral": lambda: tf.MistralConfig(**COMMON, sliding_window=5),
+    "qwen2": lambda: tf.Qwen2Config(**COMMON),
+    "qwen3": lambda: tf.Qwen3Config(**COMMON, head_dim=8),
+    "gemma2": lambda: tf.Gemma2Config(**COMMON, head_dim=8, sliding_window=6, query_pre_attn_scalar=8),
+    "gemma3_text": lambda: tf.Gemma3TextConfig(
+        **COMMON, head_dim=8, sliding_window=6, query_pre_attn_scalar=8, layer_types=MIXED
+    ),
+    "phi3": lambda: tf.Phi3Config(**COMMON),
+    "olmo2": lambda: tf.Olmo2Config(**COMMON),
+    "gpt2": lambda: tf.GPT2Config(**GPT, vocab_size=64, initializer_range=0.3, bos_token_id=1, eos_token_id=2),
+    "gpt_neox": lambda: tf.GPTNeoXConfig(**NO_KV),
+    "opt": lambda: tf.OPTConfig(
+        vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16,
+        max_position_embeddings=256, init_std=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0, dropout=0.0,
+    ),
+    "cohere2": lambda: tf.Cohere2Config(**COMMON, sliding_window=6, layer_types=MIXED, logit_scale=0.5),
+    "mixtral": lambda: tf.MixtralConfig(**COMMON, num_local_experts=4, sliding_window=None),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(
+        **{**COMMON, "num_key_value_heads": 4}, moe_intermediate_size=16, n_routed_experts=4, n_group=2, topk_group=1,
+        num_experts_per_tok=2, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8,
+        first_k_dense_replace=1,
+    ),
+    "gpt_oss": lambda: tf.GptOssConfig(**COMMON, head_dim=8, num_local_experts=4, sliding_window=6, layer_types=MIXED),
+}  # fmt: skip
+
+UNSUPPORTED = {
+    "bloom": lambda: tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
+    "mpt": lambda: tf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=256),
+    "lfm2": lambda: tf.Lfm2Config(**COMMON, layer_types=["full_attention", "conv"]),
+    "mamba": lambda: tf.MambaConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3
+    ),
+}
+
+
+def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
+    """A random model in eval mode; the global generator is left where it was."""
+    config = (CONFIGS | UNSUPPORTED)[name]()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+        for parameter in model.parameters():  # some families start biases and sinks at zero or garbage
+            if not torch.isfinite(parameter).all() or (parameter.dim() == 1 and not parameter.any()):
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}|{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+
+
+def tokenizer():
+    """One character a token, 64 of them, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models
+
+    characters = "|<>abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ .,?!:-'"
+    vocabulary = {c: i for i, c in enumerate(characters[:64])}
+    made = Tokenizer(models.BPE(vocabulary, [], unk_token="?"))
+    made.decoder = decoders.Fuse()
+    return tf.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<", eos_token=">", pad_token="|", unk_token="?", chat_template=CHAT_TEMPLATE
+    )
