@@ -180,13 +180,21 @@ class FSPADDraftModel(PreTrainedModel):
             ) from error
         if info["missing_keys"]:
             raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} lacks the draft weights {sorted(info['missing_keys'])}, which "
-                "its config.json asks for: the file is incomplete or belongs to another configuration; save the "
+                f"{str(pretrained_model_name_or_path)!r} lacks the draft weights {sorted(info['missing_keys'])}, "
+                "which its config.json asks for: the file is incomplete or belongs to another configuration; save the "
                 "draft again, or convert the checkpoint it came from."
             )
         return (draft, info) if with_info else draft
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *, tokenizer=None, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        *,
+        tokenizer=None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **kwargs,
+    ):
         """
         Writes config.json, model.safetensors (the draft's own weights) and the target's tokenizer files.
 
@@ -199,7 +207,9 @@ class FSPADDraftModel(PreTrainedModel):
         """
         save_directory = Path(save_directory)
         if save_directory.is_file():
-            raise ValueError(f"save_directory={str(save_directory)!r} is a file: expected a folder to save the draft in.")
+            raise ValueError(
+                f"save_directory={str(save_directory)!r} is a file: expected a folder to save the draft in."
+            )
         save_directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory.parent, prefix=f".{save_directory.name}.") as partial:
             super().save_pretrained(partial, **kwargs)
@@ -212,7 +222,7 @@ class FSPADDraftModel(PreTrainedModel):
                     final.parent.mkdir(parents=True, exist_ok=True)
                     shutil.move(path, final)
         if push_to_hub:
-            self.push_to_hub(kwargs.pop("repo_id", save_directory.name), **kwargs)
+            self.push_to_hub(repo_id or save_directory.name)
 
 
 def config_for_target(target: PreTrainedModel, **overrides) -> FSPADConfig:
@@ -244,7 +254,9 @@ def config_for_target(target: PreTrainedModel, **overrides) -> FSPADConfig:
     }
     unknown = sorted(name for name in overrides if not hasattr(FSPADConfig, name))
     if unknown:
-        raise ValueError(f"{unknown} are not fields of FSPADConfig: expected any of {sorted(FSPADConfig.__annotations__)}.")
+        raise ValueError(
+            f"{unknown} are not fields of FSPADConfig: expected any of {sorted(FSPADConfig.__annotations__)}."
+        )
     return FSPADConfig(**{**fields, **overrides})
 
 

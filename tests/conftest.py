@@ -37,6 +37,10 @@ def fresh_draft(target, **overrides) -> FSPADDraftModel:
         return FSPADDraftModel.from_target(target, **overrides)
 
 
+def rng_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
 class Oracle:
     """
     Grows trees around a known continuation: the true next token with probability `accuracy`, plus distractors.
@@ -95,17 +99,19 @@ def same(oracle):
         make = each or (lambda: {})
         torch.manual_seed(seed)
         plain = model.generate(ids, **kwargs, **make())
-        state = torch.get_rng_state()
+        state = rng_state(ids.device)
         reference = plain.sequences[0].tolist()
-        if "attention_mask" in kwargs:
-            reference = [t for t, m in zip(reference, kwargs["attention_mask"][0].tolist() + [1] * 999) if m]
+        if "attention_mask" in kwargs:  # the oracle counts tokens, not padding
+            mask = kwargs["attention_mask"][0].tolist()
+            mask += [1] * (len(reference) - len(mask))
+            reference = [t for t, m in zip(reference, mask, strict=True) if m]
         for accuracy in accuracies:
             oracle(reference, accuracy, model.config.get_text_config().vocab_size)
             torch.manual_seed(seed)
             fast = model.generate(ids, assistant_model=draft, **kwargs, **make())
             assert fast.speculation is not None, "fell back to plain decoding"
             assert fast.sequences.tolist() == plain.sequences.tolist()
-            assert torch.equal(torch.get_rng_state(), state)
+            assert torch.equal(rng_state(ids.device), state)
         if min_tau and fast.speculation.rounds:
             assert fast.speculation.tau > min_tau
         return plain, fast

@@ -1,4 +1,4 @@
-"""The key-value arena: one buffer for many layers, written in place, from which a tree's rejected nodes are dropped."""
+"""The key-value arena: one buffer for many layers, from which a tree's rejected nodes are dropped in place."""
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -107,9 +107,7 @@ class ArenaCache(Cache):
         """New, larger buffers for a group of layers, shaped after `keys` and `values`; old contents are copied."""
         capacity = (max(capacity + 1, int(1.25 * capacity)) + GROWTH - 1) // GROWTH * GROWTH
         number = self._groups.index(group) if group in self._groups else None
-        pair = tuple(
-            x.new_zeros((len(group), *x.shape[:2], capacity, x.shape[-1])) for x in (keys, values)
-        )
+        pair = tuple(x.new_zeros((len(group), *x.shape[:2], capacity, x.shape[-1])) for x in (keys, values))
         if number is None:
             self._groups.append(group)
             self._buffers.append(pair)

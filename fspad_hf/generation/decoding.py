@@ -87,7 +87,9 @@ def tree_decoding(
 
         while not emitter.finished:
             length = emitter.input_ids.shape[1]
-            depth = _depth_limit(draft.config.tree_depth, length, offset, generation_config, target.text_config)
+            depth = depth_limit(
+                draft.config.tree_depth, length, offset, generation_config.max_length, target.text_config
+            )
             generator.accept(new_features, new_tokens)
             tree = generator.grow(emitter.input_ids[:, -1:], depth)
             logits, features = target.verify(tree, arena, prefix, position=length - 1 + offset)
@@ -123,12 +125,12 @@ def _prompt_layout(input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[tor
     return prefix, last - (input_ids.shape[1] - 1)
 
 
-def _depth_limit(depth: int, length: int, offset: int, generation_config, text_config) -> int:
+def depth_limit(depth: int, length: int, offset: int, max_length: int, text_config) -> int:
     """
     No deeper than tokens can still be emitted (a learned position table ends with the budget), and never across the
     length at which a dynamic or longrope model turns its frequencies.
     """
-    depth = min(depth, generation_config.max_length - length - 1)
+    depth = min(depth, max_length - length - 1)
     rope = getattr(text_config, "rope_parameters", None) or {}
     for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
         kind = parameters.get("rope_type")

@@ -53,9 +53,7 @@ def _wrap_decoding(original):
             "of plain `generate`."
         )
         # type() for the unbound method, as `generate` itself looks decoding methods up
-        output = type(self)._sample(
-            self, *arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs
-        )
+        output = type(self)._sample(self, *arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return FSPADGenerateOutput(**output) if type(output) is GenerateDecoderOnlyOutput else output
 
     _assisted_decoding._fspad_original = original

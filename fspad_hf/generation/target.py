@@ -1,4 +1,4 @@
-"""What tree speculation needs of the target: its features, one forward over a tree, and the function from features to logits."""
+"""What speculation needs of the target: its features, a forward over a tree, and how features become logits."""
 
 import inspect
 import threading
@@ -140,7 +140,7 @@ def attention_windows(text_config) -> dict[str, int | None]:
 
 
 def is_compiled(model: PreTrainedModel) -> bool:
-    """Whether the model or its decoder was compiled in place: `.compile()`, or a compiled function as its `forward`."""
+    """Whether the model or its decoder was compiled in place: `.compile()`, or a compiled `forward`."""
     return any(
         module._compiled_call_impl is not None or hasattr(module.__dict__.get("forward"), "_torchdynamo_orig_callable")
         for module in (model, model.base_model, model.get_decoder())

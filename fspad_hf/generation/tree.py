@@ -44,9 +44,7 @@ class CandidateTree:
             at = self.parents[rows, at]
         return seen
 
-    def attention_mask(
-        self, prefix: torch.BoolTensor, dtype: torch.dtype, window: int | None = None
-    ) -> torch.Tensor:
+    def attention_mask(self, prefix: torch.BoolTensor, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
         """
         The float mask of one verification forward, `[batch, 1, nodes, length + nodes]`: 0 where a node may look, the
         dtype's minimum elsewhere. Float, because eager and flex attention add masks and take no bool.
@@ -74,8 +72,8 @@ def best_nodes(scores: torch.Tensor, total: int) -> torch.LongTensor:
     """
     The indices of the `total` best nodes, in level order, `[kept]`; fewer where scores are -inf or NaN.
 
-    `scores` (`[nodes]`) are cumulative log-confidences in level order. A child never scores above its parent but can tie
-    with it (a log-probability that rounds to 0); the stable sort then takes the parent first, so it is always kept.
+    `scores` (`[nodes]`) are cumulative log-confidences in level order. A child never scores above its parent but can
+    tie with it (a log-probability that rounds to 0); the stable sort takes the parent first, so it is always kept.
     """
     scores = scores.masked_fill(scores.isnan(), float("-inf"))
     values, order = torch.sort(scores, descending=True, stable=True)

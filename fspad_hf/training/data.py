@@ -14,7 +14,7 @@ def load_token_rows(paths: Sequence[str | Path]) -> np.ndarray:
     Raises:
         ValueError: nothing there, or arrays that are not two-dimensional integers of one length.
     """
-    files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.npy")) if p.is_dir() else [p])]
+    files = [f for p in map(Path, paths) for f in (sorted(p.glob("*.npy")) if p.is_dir() else [p]) if f.is_file()]
     if not files:
         raise ValueError(f"No .npy files in {[str(p) for p in paths]}: expected arrays of token ids, [rows, length].")
     arrays = [np.load(f, mmap_mode="r", allow_pickle=False) for f in files]

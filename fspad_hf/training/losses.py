@@ -2,8 +2,8 @@
 
     loss = feature_weight * SmoothL1(o_feature, f) + logit_weight * CE(softmax(head(f)), head(o_logit))
 
-SmoothL1 is averaged over h; both terms are summed over the masked positions, so that a caller can divide by their number
-across a whole optimiser step. The head is the target's and frozen.
+SmoothL1 is averaged over h; both terms are summed over the masked positions, so that a caller can divide by their
+number across a whole optimiser step. The head is the target's and frozen.
 """
 
 from collections.abc import Callable

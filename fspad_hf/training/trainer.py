@@ -4,7 +4,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,7 +92,7 @@ def draft_loss(
 
 
 @torch.no_grad()
-def warm_start(draft: FSPADDraftModel, embedding: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]):
+def warm_start(draft: FSPADDraftModel, embedding: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]):
     """
     Starts the draft at the best linear guess: `fc` solves the ridge regression f_{t+1} ~ W [e_{t+1}; f_t] + b in
     closed form, and every residual branch starts at zero. Saves the first few hundred steps.
@@ -170,12 +170,23 @@ def train(
     for step in range(first, config.steps):
         torch.manual_seed(config.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        step_head = SampledHead(head, frequent[: config.head_sample], config.head_extra, generator) if config.head_sample else head
+        step_head = (
+            SampledHead(head, frequent[: config.head_sample], config.head_extra, generator)
+            if config.head_sample
+            else head
+        )
         chosen = _step_rows(len(rows), step, config)[accelerator.process_index :: accelerator.num_processes]
         micro_batches = [chosen[i : i + config.micro_rows] for i in range(0, len(chosen), config.micro_rows)]
         positions = accelerator.reduce(masks[chosen][:, 1:].sum().to(device), reduction="sum").clamp(min=1)
 
-        record = {"step": step + 1, "loss": 0.0, "feature": 0.0, "logit": 0.0, "top1": 0.0, "tokens": rows[chosen].numel()}
+        record = {
+            "step": step + 1,
+            "loss": 0.0,
+            "feature": 0.0,
+            "logit": 0.0,
+            "top1": 0.0,
+            "tokens": rows[chosen].numel(),
+        }
         for i, numbers in enumerate(micro_batches):
             ids, mask = rows[numbers].to(device).long(), masks[numbers].to(device)
             with accelerator.autocast(), _sync_on(accelerator, model, i == len(micro_batches) - 1):
@@ -205,7 +216,7 @@ def train(
 
 
 def _step_rows(count: int, step: int, config: TrainingConfig) -> list[int]:
-    """The rows of one optimiser step: a fresh permutation every epoch, the same on every process and after a resume."""
+    """The rows of one optimiser step: a new permutation every epoch, the same on every process and after a resume."""
     return list(_row_stream(count, config.seed, step * config.batch_rows, config.batch_rows))
 
 

@@ -40,7 +40,7 @@ def test_growth_keeps_the_contents_of_layers_not_yet_written():
     arena.keep([1, 5])
     for index in range(2):
         expected = torch.cat((cache.layers[index].keys, new[..., [1, 5], :]), -2)
-        torch.testing.assert_close(arena.layers[index].keys[..., : GROWTH, :], expected)
+        torch.testing.assert_close(arena.layers[index].keys[..., :GROWTH, :], expected)
 
 
 def test_written_back_into_the_hosts_own_sliding_cache():

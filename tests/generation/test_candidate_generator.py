@@ -13,13 +13,12 @@ from ..conftest import fresh_draft
 
 
 def prepared(llama, draft, prompt, noise=None):
-    target = Target(llama)
-    generator = FSPADCandidateGenerator(draft, target, noise=noise)
+    generator = FSPADCandidateGenerator(draft, Target(llama), noise=noise)
     with torch.no_grad():
         features = llama.model(prompt[:, :-1]).last_hidden_state
     generator.accept(features[:, :6], prompt[:, 1:7])  # in two parts, as rounds do
     generator.accept(features[:, 6:], prompt[:, 7:])
-    return target, generator, features
+    return generator, features
 
 
 @pytest.mark.parametrize("kappa", [None, 1.0, 2.0])
@@ -34,7 +33,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant):
     )  # fmt: skip
     torch.manual_seed(3)
     noise = NoiseQueue(torch.device("cpu"), 64) if kappa else None
-    target, generator, features = prepared(llama, draft, prompt, noise)
+    generator, features = prepared(llama, draft, prompt, noise)
     tree = generator.grow(prompt[:, -1:], depth)
     rows = noise.peek(depth) if kappa else None
 
@@ -69,7 +68,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant):
 
 
 def test_depth_zero_is_the_root_alone(llama, prompt):
-    _, generator, _ = prepared(llama, fresh_draft(llama), prompt)
+    generator, _ = prepared(llama, fresh_draft(llama), prompt)
     assert generator.grow(prompt[:, -1:], 0).tokens.tolist() == prompt[:, -1:].tolist()
 
 

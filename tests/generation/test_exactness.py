@@ -70,7 +70,7 @@ def test_eos_inside_a_path_and_several_eos_ids(llama, same, prompt):
 
 @pytest.mark.parametrize("new_tokens", range(1, 12))
 def test_max_new_tokens_is_never_overrun(llama, same, prompt, new_tokens):
-    plain, fast = same(llama, prompt, max_new_tokens=new_tokens, min_tau=None)
+    _, fast = same(llama, prompt, max_new_tokens=new_tokens, min_tau=None)
     assert fast.sequences.shape[1] == prompt.shape[1] + new_tokens
     assert fast.past_key_values.get_seq_length() == prompt.shape[1] + new_tokens - 1
 
@@ -252,7 +252,9 @@ def test_nan_logits_behave_as_in_plain_generate(prompt):
     with torch.no_grad():
         model.lm_head.weight.fill_(float("nan"))
     greedy = {"max_new_tokens": 6, "eos_token_id": None}
-    assert model.generate(prompt, assistant_model=draft, **greedy).tolist() == model.generate(prompt, **greedy).tolist()
+    assert (
+        model.generate(prompt, assistant_model=draft, **greedy).tolist() == model.generate(prompt, **greedy).tolist()
+    )
     errors = []
     for assistant in (None, draft):
         with pytest.raises(RuntimeError) as caught:

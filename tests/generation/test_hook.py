@@ -127,7 +127,11 @@ class TestMisfits:
         outcomes = []
         for assistant in (None, llama_draft):
             try:
-                outcomes.append(llama.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=3, assistant_model=assistant).tolist())
+                outcomes.append(
+                    llama.generate(
+                        torch.zeros(1, 0, dtype=torch.long), max_new_tokens=3, assistant_model=assistant
+                    ).tolist()
+                )
             except Exception as error:
                 outcomes.append((type(error), str(error)))
         assert outcomes[0] == outcomes[1]

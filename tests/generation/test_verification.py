@@ -70,6 +70,8 @@ def test_chi_square_of_the_first_two_tokens(coupled):
     assert rounds < 2 * runs  # drafts were accepted, so the test is of trees and not of plain sampling
     expected = exact * runs
     big = expected >= 5
-    chi2 = ((counts - expected)[big] ** 2 / expected[big]).sum() + (counts[~big].sum() - expected[~big].sum()) ** 2 / expected[~big].sum()
+    chi2 = ((counts - expected)[big] ** 2 / expected[big]).sum() + (
+        counts[~big].sum() - expected[~big].sum()
+    ) ** 2 / expected[~big].sum()
     freedom = int(big.sum())
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5

@@ -1,0 +1,54 @@
+import json
+
+import pytest
+import torch
+
+from fspad_hf.evaluation.spec_bench import TASKS, load_questions
+from fspad_hf.training.acceptance import KnownNoise, mean_tau, measure_acceptance, simulate
+
+from ..conftest import fresh_draft
+
+
+@pytest.mark.parametrize("mode", ["greedy", "coupled", "uncoupled"])
+@pytest.mark.parametrize("eos", [None, 2])
+def test_simulation_equals_decoding_round_for_round(llama, prompt, mode, eos):
+    draft = fresh_draft(llama, tree_depth=4, tree_top_k=4, tree_total_nodes=15, coupled_drafting=mode == "coupled")
+    kwargs = {"do_sample": mode != "greedy", "max_new_tokens": 40, "eos_token_id": eos}
+    if mode != "greedy":
+        kwargs |= {"temperature": 1.0, "top_k": 0}
+    seen = 0
+    for seed in range(4):
+        torch.manual_seed(seed)
+        out = llama.generate(prompt, assistant_model=draft, return_dict_in_generate=True, **kwargs)
+        noise = KnownNoise(seed, 50, 64, prompt.device) if mode == "coupled" else None
+        length = prompt.shape[1]
+        record = simulate(llama, draft, out.sequences, length, length + 40, noise)
+        assert record.accepted_lengths == out.speculation.accepted_lengths
+        seen += record.rounds
+    assert seen
+
+
+def test_measure(llama, tokenizer):
+    draft = fresh_draft(llama, tree_depth=3, tree_top_k=4, tree_total_nodes=12)
+    rows = measure_acceptance(llama, tokenizer, draft, [("qa", "why"), ("rag", "who")], max_new_tokens=20)
+    assert {row["mode"] for row in rows} == {"greedy", "coupled", "uncoupled"} and len(rows) == 6
+    taus, mean = mean_tau(rows, "greedy")
+    assert set(taus) == {"qa", "rag"} and mean == pytest.approx(sum(taus.values()) / 2) and mean >= 1
+    assert draft.config.coupled_drafting
+
+
+def test_questions(tmp_path):
+    path = tmp_path / "q.jsonl"
+    lines = [{"category": c, "turns": [f"{c} {i}", "more"]} for i in range(4) for c in ("writing", "qa", "rag")]
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    questions = load_questions(path, per_task=2)
+    assert questions == {
+        "mt_bench": [["writing 0", "more"], ["writing 2", "more"]],
+        "qa": [["qa 0", "more"], ["qa 2", "more"]],
+        "rag": [["rag 0", "more"], ["rag 2", "more"]],
+    }
+    assert set(questions) <= set(TASKS)
+    for bad in ('{"category": "cooking", "turns": ["x"]}', '{"turns": ["x"]}', "{", '{"category": "qa", "turns": []}'):
+        path.write_text('{"category": "qa", "turns": ["x"]}\n' + bad)
+        with pytest.raises(ValueError, match="line 2"):
+            load_questions(path)

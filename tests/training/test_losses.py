@@ -1,0 +1,68 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fspad_hf.training.losses import SampledHead, fspad_loss
+from fspad_hf.training.trainer import draft_loss
+
+from ..conftest import fresh_draft
+
+
+def test_against_the_formula_and_its_gradient():
+    torch.manual_seed(0)
+    head = nn.Linear(8, 40, bias=False).requires_grad_(False)
+    logit_features, features = (torch.randn(2, 5, 8, requires_grad=True) for _ in range(2))
+    target, mask = torch.randn(2, 5, 8), torch.rand(2, 5) > 0.4
+    sums = fspad_loss(logit_features, features, target, mask, head, chunk=3)
+    (sums.feature + 0.1 * sums.logit).backward()
+    ours = logit_features.grad.clone(), features.grad.clone()
+    logit_features.grad = features.grad = None
+    regression = F.smooth_l1_loss(features, target, reduction="none").mean(-1)[mask].sum()
+    alignment = -(head(target).softmax(-1) * head(logit_features).log_softmax(-1)).sum(-1)[mask].sum()
+    (regression + 0.1 * alignment).backward()
+    torch.testing.assert_close(sums.feature, regression)
+    torch.testing.assert_close(sums.logit, alignment)
+    torch.testing.assert_close(ours, (logit_features.grad, features.grad))
+    assert int(sums.positions) == int(mask.sum())
+    assert int(sums.top1) == int((head(target).argmax(-1) == head(logit_features).argmax(-1))[mask].sum())
+
+
+def test_sampled_head_estimates_the_full_partition_function():
+    torch.manual_seed(0)
+    head, x = nn.Linear(8, 500, bias=False), torch.randn(3, 8)
+    frequent = torch.arange(50)
+    estimates = torch.stack([
+        SampledHead(head, frequent, 100, torch.Generator().manual_seed(i))(x).exp().sum(-1) for i in range(400)
+    ])  # fmt: skip
+    exact = head(x).exp().sum(-1)
+    torch.testing.assert_close(estimates.mean(0), exact, rtol=0.02, atol=0)
+    full = SampledHead(head, frequent, 450, torch.Generator())(x)
+    torch.testing.assert_close(full.logsumexp(-1), exact.log())
+    with pytest.raises(ValueError, match=r"plain nn\.Linear"):
+        SampledHead(nn.Identity(), frequent, 1, torch.Generator())
+
+
+def test_the_shift(llama, prompt):
+    """Position t reads (f_t, e_{t+1}), is held against f_{t+1}, and counts if token t+1 is the assistant's."""
+    draft = fresh_draft(llama)
+    with torch.no_grad():
+        features = llama.model(prompt).last_hidden_state
+        mask = torch.zeros_like(prompt, dtype=torch.bool)
+        mask[0, 4] = True
+        sums = draft_loss(draft, llama.get_input_embeddings(), llama.lm_head, prompt, features, mask)
+        out = draft(inputs_embeds=llama.get_input_embeddings()(prompt[:, 1:5]), features=features[:, :4])
+    expected = F.smooth_l1_loss(out.features[0, 3], features[0, 4])
+    torch.testing.assert_close(sums.feature, expected)
+    assert int(sums.positions) == 1
+
+
+def test_partial_alignment_keeps_the_two_goals_apart(llama, prompt):
+    draft = fresh_draft(llama)
+    features = llama.model(prompt).last_hidden_state.detach()
+    mask = torch.ones_like(prompt, dtype=torch.bool)
+    sums = draft_loss(draft, llama.get_input_embeddings(), llama.lm_head, prompt, features, mask)
+    grad = torch.autograd.grad(sums.logit, draft.layer.mlp.down_proj.weight, retain_graph=True)[0]
+    assert grad[:32].any() and not grad[32:].any()
+    grad = torch.autograd.grad(sums.feature, draft.layer.mlp.down_proj.weight)[0]
+    assert grad[32:].any() and not grad[:32].any()

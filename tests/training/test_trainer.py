@@ -1,0 +1,150 @@
+import numpy as np
+import pytest
+import torch
+
+from fspad_hf import FSPADDraftModel
+from fspad_hf.training import trainer
+from fspad_hf.training.data import load_token_rows, span_mask
+from fspad_hf.training.trainer import TargetFeatures, TrainingConfig, train, warm_start
+
+from ..conftest import fresh_draft
+
+
+@pytest.fixture(scope="module")
+def rows(llama):
+    torch.manual_seed(0)
+    return llama.generate(torch.randint(3, 64, (12, 4)), do_sample=True, max_new_tokens=44, eos_token_id=None)
+
+
+def config(path, **kwargs):
+    fields = {"steps": 30, "batch_rows": 4, "micro_rows": 2, "warmup_steps": 3, "learning_rate": 3e-3}
+    return TrainingConfig(output_dir=str(path), **{**fields, **kwargs})
+
+
+def run(llama, rows, path, draft=None, **kwargs):
+    records = []
+    draft = draft or fresh_draft(llama)
+    train(draft, llama, rows, torch.ones_like(rows, dtype=torch.bool), config(path, **kwargs), report=records.append)
+    return draft, records
+
+
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+def test_it_learns_and_saves(llama, rows, tmp_path):
+    draft, records = run(llama, rows, tmp_path, steps=120)
+    assert records[-1]["loss"] < 0.85 * records[0]["loss"] and records[-1]["top1"] > records[0]["top1"]
+    loaded = FSPADDraftModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(draft.parameters(), loaded.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+def test_a_killed_run_resumes_on_the_same_curve(llama, rows, tmp_path):
+    whole, expected = run(llama, rows, tmp_path / "whole", steps=20, checkpoint_every=8)
+    records = []
+
+    def kill(record):
+        records.append(record)
+        if record["step"] == 13:
+            raise KeyboardInterrupt
+
+    masks = torch.ones_like(rows, dtype=torch.bool)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            fresh_draft(llama), llama, rows, masks, config(tmp_path / "cut", steps=20, checkpoint_every=8), report=kill
+        )
+    assert not list((tmp_path / "cut").glob("*.partial")) and (tmp_path / "cut" / "checkpoint").exists()
+    draft, rest = run(llama, rows, tmp_path / "cut", steps=20, checkpoint_every=8)
+    assert [r["step"] for r in rest] == list(range(9, 21))
+    assert [r["loss"] for r in records[:8] + rest] == [r["loss"] for r in expected]
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), draft.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+def test_micro_batches_do_not_change_the_gradient(llama, rows, tmp_path):
+    results = [run(llama, rows, tmp_path / str(m), steps=2, micro_rows=m, noise=0.0)[0] for m in (1, 4)]
+    for a, b in zip(*(d.parameters() for d in results), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_every_epoch_sees_every_row_once():
+    settings = config("x", batch_rows=4)
+    seen = [row for step in range(5) for row in trainer._step_rows(10, step, settings)]
+    assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
+
+
+def test_warm_start_is_the_least_squares_solution(llama, rows):
+    draft, embedding = fresh_draft(llama), llama.get_input_embeddings()
+    with torch.no_grad():
+        features = llama.model(rows).last_hidden_state
+        warm_start(draft, embedding, [(rows[:6], features[:6]), (rows[6:], features[6:])])
+        x = torch.cat((embedding(rows[:, 1:]), features[:, :-1], torch.ones(12, 47, 1)), -1).flatten(0, 1)
+        y = features[:, 1:].flatten(0, 1)
+        best = x @ torch.linalg.lstsq(x.double(), y.double()).solution.float()
+        out = draft(inputs_embeds=embedding(rows[:, 1:]), features=features[:, :-1])
+    assert torch.equal(out.features, out.logit_features)
+    ours = (out.features.flatten(0, 1) - y).pow(2).mean()
+    assert ours <= 1.01 * (best - y).pow(2).mean() < 0.9 * y.var()
+
+
+def test_kept_features_are_those_of_the_target(llama, rows):
+    kept, online = TargetFeatures(llama, keep=True), TargetFeatures(llama)
+    for chosen in ([0, 3], [3, 1], [0, 1]):
+        torch.testing.assert_close(kept(chosen, rows[chosen]), online(chosen, rows[chosen]), atol=2e-3, rtol=2e-3)
+    assert set(kept.kept) == {0, 1, 3}
+
+
+def test_bad_input(llama, rows, tmp_path):
+    none = torch.zeros_like(rows, dtype=torch.bool)
+    with pytest.raises(ValueError, match="Nothing to train on"):
+        train(fresh_draft(llama), llama, rows, none, config(tmp_path))
+    with pytest.raises(ValueError, match="batch_rows=3"):
+        run(llama, rows, tmp_path, batch_rows=3)
+    draft = fresh_draft(llama)
+    torch.nn.init.constant_(draft.feature_sampler.fc.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
+        run(llama, rows, tmp_path, draft=draft)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_token_rows(tmp_path):
+    np.save(tmp_path / "a.npy", np.arange(6, dtype=np.uint16).reshape(2, 3))
+    np.save(tmp_path / "b.npy", np.arange(3, dtype=np.uint16).reshape(1, 3))
+    assert load_token_rows([tmp_path]).tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    np.save(tmp_path / "c.npy", np.zeros((2, 4), dtype=np.uint16))
+    with pytest.raises(ValueError, match=r"c\.npy"):
+        load_token_rows([tmp_path])
+    with pytest.raises(ValueError, match=r"No \.npy files"):
+        load_token_rows([tmp_path / "nowhere"])
+
+
+def test_spans():
+    ids = torch.tensor([[1, 5, 6, 9, 9, 2, 1, 7, 8, 2, 5, 6, 9], [9, 5, 9, 6, 2, 5, 6, 2, 5, 6, 5, 6, 2]])
+    assert span_mask(ids, [5, 6], [2]).int().tolist() == [
+        [0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1],
+        [0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 1, 1, 1],
+    ]
+
+
+def test_the_command_trains_a_draft_that_generate_takes(llama, rows, tokenizer, tmp_path, monkeypatch, capsys):
+    from fspad_hf.cli import main
+    from fspad_hf.training import run
+
+    llama.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    opening, closing = run.assistant_span(tokenizer)
+    assert (tokenizer.decode(opening), closing) == ("<a>", [tokenizer.eos_token_id])
+    data = rows.clone()
+    data[:, 6 : 6 + len(opening)] = torch.tensor(opening)
+    np.save(tmp_path / "ids.npy", data.numpy().astype(np.uint16))
+    places = {"--target": "target", "--data": "ids.npy", "--output": "draft"}
+    arguments = ["train", *(x for option, name in places.items() for x in (option, str(tmp_path / name)))]
+    arguments += ["--steps", "3", "--batch-rows", "2", "--micro-rows", "2"]
+    assert main([*arguments, "--rows", "9"]) == 2 and "512 held out" in capsys.readouterr().err
+    monkeypatch.setattr(run, "HELD_OUT_ROWS", 2)
+    assert main([*arguments, "--rows", "8", "--keep-features", "--target-name", "user/target"]) == 0
+    draft = FSPADDraftModel.from_pretrained(tmp_path / "draft")
+    assert draft.config.target_name_or_path == "user/target" and (tmp_path / "draft" / "tokenizer.json").exists()
+    out = llama.generate(rows[:1, :8], assistant_model=draft, max_new_tokens=9)
+    assert out.tolist() == llama.generate(rows[:1, :8], max_new_tokens=9).tolist()
+    np.save(tmp_path / "ids.npy", np.full((4, 8), 64, dtype=np.uint16))
+    with pytest.raises(ValueError, match="token id 64"):
+        run.run_training(str(tmp_path / "target"), [str(tmp_path / "ids.npy")], config(tmp_path / "x"))
