@@ -145,6 +145,9 @@ class FSPADCandidateGenerator(CandidateGenerator):
         chain = tree.tokens[:, path].to(input_ids.device)
         return torch.cat((input_ids, chain), dim=-1), None
 
+    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int):
+        """Nothing to update: the tree's shape is the configuration's."""
+
     def _step(self, tokens, features, positions, mask):
         device, dtype = self.draft.device, self.draft.dtype
         return self.draft(

@@ -30,7 +30,7 @@ def test_install_is_idempotent_and_removable(llama, prompt):
 def test_import_is_silent_and_stays_off_cuda():
     code = (
         "import fspad_hf, torch, sys; assert not torch.cuda.is_initialized();"
-        "assert not {'rich', 'gguf', 'matplotlib', 'datasets', 'fspad_hf.training'} & set(sys.modules)"
+        "assert not {'fspad_hf.demo', 'fspad_hf.training', 'matplotlib', 'datasets'} & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
