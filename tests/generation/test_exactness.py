@@ -11,6 +11,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from fspad_hf.evaluation.divergence import first_divergence
+
 from .. import tiny
 from ..conftest import fresh_draft
 
@@ -266,3 +268,28 @@ def test_nan_logits_behave_as_in_plain_generate(prompt):
 def test_max_time_stops_between_tokens(llama, llama_draft, prompt):
     out = llama.generate(prompt, max_new_tokens=200, max_time=1e-6, assistant_model=llama_draft, eos_token_id=None)
     assert out.shape[1] == prompt.shape[1] + 1  # as plain generate: after the first token
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_bf16_parts_only_at_near_ties(prompt, do_sample):
+    """In half precision compare by the gap at the first difference, never by equality."""
+    model = tiny.build("llama", dtype=torch.bfloat16)
+    draft = fresh_draft(model, tree_depth=4, tree_top_k=5, tree_total_nodes=20)
+    kwargs = {"do_sample": do_sample, "eos_token_id": None, "top_k": 0}
+    for seed in range(4):
+        outs = []
+        for assistant in (None, draft):
+            torch.manual_seed(seed)
+            outs.append(
+                model.generate(
+                    prompt,
+                    assistant_model=assistant,
+                    max_new_tokens=30,
+                    return_dict_in_generate=True,
+                    output_scores=True,
+                    **kwargs,
+                )  # fmt: skip
+            )
+        assert outs[1].speculation.rounds and outs[1].scores[0].dtype == torch.float32
+        found = first_divergence(model, {"input_ids": prompt}, *(o.sequences for o in outs), seed=seed, **kwargs)
+        assert found is None or (found.other_rank == 1 and found.gap < 0.5)
