@@ -155,8 +155,8 @@ class FSPADDraftModel(PreTrainedModel):
         Raises:
             ValueError: the target has no LM head, or embeds tokens in another width than its head reads.
         """
-        draft = cls(config_for_target(target, **overrides))
-        return draft.to(device=target.device, dtype=target.dtype).eval()
+        draft = cls(config_for_target(target, **overrides)).to(target.dtype).eval()
+        return draft if target.device.type == "meta" else draft.to(target.device)  # an offloaded target's is meta
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):

@@ -35,7 +35,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
     contract, as the tree's most confident chain ([`~FSPADCandidateGenerator.get_candidates`]).
 
     Args:
-        draft: the draft; cast to the target's dtype and device for this call if it differs.
+        draft: the draft; a copy is cast to the features' dtype and device for this call if it differs.
         target: the call's view of the target.
         logits_processor: the call's processors, of which the static warpers shape coupled drafting.
         noise: the coming draws; `None` drafts uncoupled.
@@ -53,7 +53,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
     ):
         self.config = draft.config
         self.target = target
-        self.draft = _matched(draft, target.head.weight)
+        self.draft = draft
         self.warpers = LogitsProcessorList(p for p in logits_processor or () if type(p) in STATIC_WARPERS)
         self.noise = noise if draft.config.coupled_drafting else None
         self.cache = ArenaCache(num_layers=1)
@@ -70,6 +70,8 @@ class FSPADCandidateGenerator(CandidateGenerator):
         Args:
             features (`[1, new, hidden]`), tokens (`[1, new]`).
         """
+        if not self.cache.length:
+            self.draft = _matched(self.draft, features)
         new, start = tokens.shape[1], self.cache.length
         mask = None
         if new > 1 and (start or self.draft.config._attn_implementation != "sdpa"):
@@ -182,8 +184,7 @@ def _additive(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _matched(draft: FSPADDraftModel, like: torch.Tensor) -> FSPADDraftModel:
-    """The draft in the LM head's dtype and device: itself, or a copy that lives as long as the call."""
-    dtype = like.dtype if like.dtype.is_floating_point else draft.dtype
-    if draft.dtype == dtype and draft.device == like.device:
+    """The draft in the dtype and on the device of `like`: itself, or a copy that lives as long as the call."""
+    if draft.dtype == like.dtype and draft.device == like.device:
         return draft
-    return copy.deepcopy(draft).to(device=like.device, dtype=dtype)
+    return copy.deepcopy(draft).to(device=like.device, dtype=like.dtype)

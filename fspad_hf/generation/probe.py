@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from .cache import ArenaCache
-from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, is_compiled
+from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
 
 TOLERANCE = 0.2  # of what a causal mask in the tree's place would change
@@ -57,7 +57,8 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     except ValueError as error:
         return ProbeResult(str(error))
 
-    ids = (torch.arange(1, 13, device=model.device) * 7919 % text_config.vocab_size)[None]
+    device = execution_device(model)
+    ids = (torch.arange(1, 13, device=device) * 7919 % text_config.vocab_size)[None]
     prompt, nodes = ids[:, :8], ids[:, 8:]  # nodes: root, two siblings, a child of the second
 
     def run(slots: list[int]) -> torch.Tensor:
@@ -78,8 +79,8 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     if transform is None:
         return ProbeResult("its logits are not its LM head applied to its decoder's output")
 
-    parents = torch.tensor([[0, 0, 0, 2]], device=model.device)
-    depths = torch.tensor([[0, 1, 1, 2]], device=model.device)
+    parents = torch.tensor([[0, 0, 0, 2]], device=device)
+    depths = torch.tensor([[0, 1, 1, 2]], device=device)
     prefix = torch.ones_like(prompt, dtype=torch.bool)
     arena = ArenaCache.from_dynamic(outputs.past_key_values)
     with target.listening():
@@ -96,7 +97,7 @@ def _logit_transform(target: Target, features: torch.Tensor, logits: torch.Tenso
     for name, transform in LOGIT_TRANSFORMS.items():
         if name != "identity" and not getattr(target.text_config, name, None):
             continue
-        made = transform(target.text_config, target.head(features.to(target.head.weight.device))).float()
+        made = transform(target.text_config, target.head(features)).float()
         if torch.allclose(made.to(logits.device), logits.float(), rtol=1e-2, atol=1e-2 * float(logits.abs().max())):
             return name
     return None

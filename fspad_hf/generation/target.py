@@ -33,6 +33,7 @@ class Target:
         self.use_hook = use_hook
         self.logit_transform = LOGIT_TRANSFORMS[logit_transform]
         self.text_config = model.config.get_text_config()
+        self.device = execution_device(model)
         self._thread = threading.get_ident()
         self._caught: list[torch.Tensor] | None = None
 
@@ -82,11 +83,11 @@ class Target:
         Returns:
             logits (`[batch, nodes, vocabulary]`) and features (`[batch, nodes, hidden]`).
         """
-        tree = tree.to(self.model.device)
+        tree = tree.to(self.device)
         inputs = {
             "input_ids": tree.tokens,
             "position_ids": position + tree.depths,
-            "attention_mask": self._mask(tree, prefix.to(self.model.device)),
+            "attention_mask": self._mask(tree, prefix.to(self.device)),
             "past_key_values": cache,
             "use_cache": True,
             "return_dict": True,
@@ -99,10 +100,10 @@ class Target:
 
     def draft_logits(self, features: torch.Tensor) -> torch.Tensor:
         """What the target would make of `features`: its LM head and whatever it applies after it."""
-        return self.logit_transform(self.text_config, self.head(features.to(self.head.weight.device)))
+        return self.logit_transform(self.text_config, self.head(features))
 
     def embed(self, tokens: torch.LongTensor) -> torch.Tensor:
-        return self.embedding(tokens.to(self.embedding.weight.device))
+        return self.embedding(tokens.to(self.device))
 
     def _features(self, outputs, caught: list[torch.Tensor]) -> torch.Tensor:
         if not self.use_hook:
@@ -137,6 +138,13 @@ def attention_windows(text_config) -> dict[str, int | None]:
         if windows.setdefault(kind, window) != window:
             raise ValueError(f"its {kind!r} layers have different windows")
     return windows
+
+
+def execution_device(model: PreTrainedModel) -> torch.device:
+    """Where the model's inputs go; the parameters of an offloaded model stand on `meta` between forwards."""
+    if model.device.type != "meta":
+        return model.device
+    return torch.device(getattr(getattr(model, "_hf_hook", None), "execution_device", None) or "cpu")
 
 
 def is_compiled(model: PreTrainedModel) -> bool:

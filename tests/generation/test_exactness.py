@@ -280,16 +280,8 @@ def test_bf16_parts_only_at_near_ties(prompt, do_sample):
         outs = []
         for assistant in (None, draft):
             torch.manual_seed(seed)
-            outs.append(
-                model.generate(
-                    prompt,
-                    assistant_model=assistant,
-                    max_new_tokens=30,
-                    return_dict_in_generate=True,
-                    output_scores=True,
-                    **kwargs,
-                )  # fmt: skip
-            )
+            wanted = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 30}
+            outs.append(model.generate(prompt, assistant_model=assistant, **wanted, **kwargs))
         assert outs[1].speculation.rounds and outs[1].scores[0].dtype == torch.float32
         found = first_divergence(model, {"input_ids": prompt}, *(o.sequences for o in outs), seed=seed, **kwargs)
         assert found is None or (found.other_rank == 1 and found.gap < 0.5)

@@ -152,3 +152,20 @@ def test_a_draft_in_another_dtype_is_cast_for_the_call(llama, prompt):
     fast = llama.generate(prompt, assistant_model=draft, max_new_tokens=12)
     assert fast.tolist() == llama.generate(prompt, max_new_tokens=12).tolist()
     assert draft.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("how", ["cpu", "disk"])
+def test_an_offloaded_target(how, same, prompt, tmp_path):
+    """Between forwards its weights stand on `meta`, embedding and LM head included."""
+    from accelerate import cpu_offload, disk_offload
+
+    model = tiny.build("llama")
+    draft = fresh_draft(model)
+    if how == "cpu":
+        cpu_offload(model, execution_device="cpu")
+    else:
+        disk_offload(model, str(tmp_path), execution_device="cpu")
+    assert model.device.type == "meta"
+    same(model, prompt, draft=draft, max_new_tokens=16, min_tau=1.5)
+    fast = model.generate(prompt, assistant_model=draft, max_new_tokens=9, return_dict_in_generate=True)
+    assert fast.speculation.rounds and fast.sequences.tolist() == model.generate(prompt, max_new_tokens=9).tolist()
