@@ -119,6 +119,9 @@ def _add_train(commands) -> None:
     parser.add_argument("--output", dest="output_dir", required=True, metavar="DIR")
     parser.add_argument("--target-name", metavar="HUB_ID", help="the target's name in the draft's config")
     parser.add_argument("--rows", type=int, metavar="N", help="train on N rows (default: all but the last 512)")
+    parser.add_argument(
+        "--draft-vocab-size", type=int, metavar="N", help="draft the N most frequent ids (default: all)"
+    )
     parser.add_argument("--keep-features", action="store_true", help="hold the target's features in memory")
     parser.add_argument("--dtype", help="of the target (default: float32)")
     parser.add_argument("--steps", type=int, default=1000)

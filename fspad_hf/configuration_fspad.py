@@ -26,6 +26,8 @@ class FSPADConfig(PreTrainedConfig):
         partial_alignment: two output halves, one for the logits and one for the feature (paper, section 3.2).
             With both off the network *is* the EAGLE / EAGLE-2 draft, parameter for parameter.
         fc_bias: bias on the fully connected join (some public EAGLE checkpoints have none).
+        draft_vocab_size: draft only that many of the target's ids (stored with the weights, the most frequent ones of
+            the training text), which makes the draft's LM head cheaper and changes no token; `None` is all.
         tree_depth: levels of the draft tree below its root.
         tree_top_k: children of a node, and nodes expanded at each level.
         tree_total_nodes: nodes verified each round, the root not counted.
@@ -55,6 +57,7 @@ class FSPADConfig(PreTrainedConfig):
     feature_sampling: bool = True
     partial_alignment: bool = True
     fc_bias: bool = True
+    draft_vocab_size: int | None = None
     tree_depth: int = 6
     tree_top_k: int = 10
     tree_total_nodes: int = 59
@@ -81,6 +84,10 @@ class FSPADConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} must be a positive multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
+        if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size={self.draft_vocab_size} must be from 1 to vocab_size={self.vocab_size}, or None."
+            )
         if self.head_dim < 2 or self.head_dim % 2:
             raise ValueError(
                 f"head_dim={self.head_dim} must be even (rotary position embeddings turn pairs); choose "
@@ -92,7 +99,7 @@ class FSPADConfig(PreTrainedConfig):
         """Part of the `@strict` validation, and run again before decoding: the tree must be one that can grow."""
         for name, low, high in (
             ("tree_depth", 1, 64),
-            ("tree_top_k", 1, min(self.vocab_size, 256)),
+            ("tree_top_k", 1, min(self.draft_vocab_size or self.vocab_size, 256)),
             ("tree_total_nodes", 1, MAX_TREE_NODES),
         ):
             value = getattr(self, name)

@@ -107,6 +107,8 @@ class FSPADDraftModel(PreTrainedModel):
         self.feature_sampler = FSPADFeatureSampler(config)
         self.layer = FSPADDecoderLayer(config)
         self.rotary_emb = LlamaRotaryEmbedding(config)
+        drafted = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
+        self.register_buffer("draft_vocab_ids", drafted)  # [draft_vocab_size]: the target's ids that are drafted
         self.post_init()
 
     def forward(
@@ -231,8 +233,10 @@ def config_for_target(target: PreTrainedModel, **overrides) -> FSPADConfig:
     head, embedding = target.get_output_embeddings(), target.get_input_embeddings()
     if head is None:
         raise ValueError(f"{type(target).__name__} has no LM head: expected a causal language model as the target.")
-    hidden, embedded = head.weight.shape[-1], embedding.weight.shape[-1]
-    if hidden != embedded:
+    hidden, embedded = overrides.get("hidden_size") or layer_width(head), layer_width(embedding)
+    if hidden is None:
+        raise ValueError(f"The width of {type(head).__name__} is unknown: pass hidden_size=... to from_target.")
+    if embedded is not None and "hidden_size" not in overrides and hidden != embedded:
         raise ValueError(
             f"{type(target).__name__} embeds tokens in {embedded} dimensions but its LM head reads {hidden}: expected "
             "one width for both; such targets are not supported."
@@ -260,14 +264,25 @@ def config_for_target(target: PreTrainedModel, **overrides) -> FSPADConfig:
     return FSPADConfig(**{**fields, **overrides})
 
 
+def layer_width(module: nn.Module | None) -> int | None:
+    """The width of what an LM head reads or an embedding gives; `None` where a packed module does not tell."""
+    for name in ("in_features", "embedding_dim"):
+        if isinstance(width := getattr(module, name, None), int):
+            return width
+    weight = getattr(module, "weight", None)
+    readable = isinstance(weight, torch.Tensor) and weight.dim() == 2 and weight.dtype.is_floating_point
+    return weight.shape[-1] if readable else None
+
+
 def _first(config, *names: str, default):
-    return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+    value = next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+    return value[0] if isinstance(value, (list, tuple)) else value
 
 
 def _full_attention_theta(text_config) -> float:
     """The rotary base of the target's full-attention layers; scaling (yarn, longrope, ...) is not inherited."""
     rope = getattr(text_config, "rope_parameters", None) or {}
-    rope = rope.get("full_attention", rope)
+    rope = rope.get("full_attention", rope) or {}
     return float(rope.get("rope_theta") or 10_000.0)
 
 

@@ -135,6 +135,20 @@ for do_sample in (True, False):
             fresh_draft(llama).save_pretrained(tmp_path / "b", tokenizer=tokenizer)
         assert (tmp_path / "b" / "tokenizer.json").exists()
 
+    def test_a_reduced_vocabulary_is_saved_with_the_draft(self, saved):
+        target = AutoModelForCausalLM.from_pretrained(saved / "target")
+        draft = fresh_draft(target, draft_vocab_size=24)
+        draft.draft_vocab_ids = torch.arange(40, 64)
+        draft.save_pretrained(saved / "reduced")
+        loaded = FSPADDraftModel.from_pretrained(saved / "reduced", dtype=torch.bfloat16)
+        assert loaded.draft_vocab_ids.tolist() == list(range(40, 64)) and loaded.config.vocab_size == 64
+        ids = torch.tensor([[5, 9, 20, 33]])
+        for kwargs in ({}, {"do_sample": True}):
+            torch.manual_seed(0)
+            plain = target.generate(ids, max_new_tokens=20, **kwargs)
+            torch.manual_seed(0)
+            assert target.generate(ids, max_new_tokens=20, assistant_model=loaded, **kwargs).tolist() == plain.tolist()
+
     def test_a_missing_weight_is_an_error(self, saved):
         path = saved / "draft" / "model.safetensors"
         weights = load_file(path)
@@ -189,6 +203,8 @@ class TestConfig:
             ({"coupling_kappa": 0}, "coupling_kappa=0"),
             ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads=6"),
             ({"head_dim": 7}, "head_dim=7"),
+            ({"draft_vocab_size": 9, "tree_top_k": 10}, "tree_top_k=10"),
+            ({"draft_vocab_size": 32001}, "draft_vocab_size=32001"),
             ({"tree_depth": "six"}, "tree_depth"),
         ],
     )

@@ -168,13 +168,15 @@ class FSPADCandidateGenerator(CandidateGenerator):
         draft's warped distribution and E the row of noise that will decide the draw at this depth, so that the child
         which wins is the one the draw would pick if the draft were the target.
         """
-        scores = self.target.draft_logits(logit_features).float().to(self.draft.device)
+        ids = self.draft.draft_vocab_ids
+        scores = self.target.draft_logits(logit_features, ids).float().to(self.draft.device)
         if rows is not None:
             flat = self.warpers(None, scores[0]) if self.warpers else scores[0]
-            log_noise = rows[depth].to(scores.device).clamp(min=torch.finfo(torch.float32).tiny).log()
+            noise = rows[depth].to(scores.device)
+            log_noise = (noise if ids is None else noise[ids]).clamp(min=torch.finfo(torch.float32).tiny).log()
             scores = (self.config.coupling_kappa * (flat - log_noise))[None]
         values, tokens = scores.topk(self.config.tree_top_k, dim=-1)
-        return values - scores.logsumexp(-1, keepdim=True), tokens
+        return values - scores.logsumexp(-1, keepdim=True), tokens if ids is None else ids[tokens]
 
 
 def _additive(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:

@@ -3,6 +3,7 @@
 f_t is the target's feature at position t; a round's root is the last token emitted, which the target has not read yet.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
@@ -75,13 +76,16 @@ def tree_decoding(
     record, on_round = SpeculationRecord(), getattr(streamer, "on_round", None)
     prefix, offset = _prompt_layout(input_ids, model_kwargs)
 
-    with target.listening(), model._optimize_model_for_decode():
+    with ExitStack() as stack:
+        stack.enter_context(target.listening())
+        stack.enter_context(model._optimize_model_for_decode())
         outputs, features = target.prefill(input_ids, generation_config, model_kwargs)
         prefill_cache = outputs.past_key_values
         emitter.emit(outputs.logits[:, -1])
         del outputs
         if not emitter.finished:
             arena = ArenaCache.from_dynamic(prefill_cache)
+            stack.callback(arena.append_to, prefill_cache)  # also when the user's code raises
             shown = prefix[0].to(features.device)
             new_features, new_tokens = features[:, shown], emitter.input_ids[:, 1:][:, prefix[0].to(input_ids.device)]
 
@@ -95,16 +99,17 @@ def tree_decoding(
             logits, features = target.verify(tree, arena, prefix, position=length - 1 + offset)
             if on_round is not None:
                 on_round()
-            path = walk(tree, logits, emitter)
-            arena.keep(path)
+            path: list[int] = []
+            try:
+                walk(tree, logits, emitter, path)
+            finally:
+                arena.keep(path)
             record.accepted_lengths.append(len(path))
             prefix = torch.cat((prefix, prefix.new_ones(1, len(path))), dim=-1)
             new_features, new_tokens = features[:, path], emitter.input_ids[:, -len(path) :]
 
     if streamer is not None:
         streamer.end()
-    if record.rounds:
-        arena.append_to(prefill_cache)
     if not generation_config.return_dict_in_generate:
         return emitter.input_ids
     return FSPADGenerateOutput(
@@ -127,11 +132,14 @@ def _prompt_layout(input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[tor
 
 def depth_limit(depth: int, length: int, offset: int, max_length: int, text_config) -> int:
     """
-    No deeper than tokens can still be emitted (a learned position table ends with the budget), and never across the
-    length at which a dynamic or longrope model turns its frequencies.
+    No deeper than tokens can still be emitted, nor past the end of a table of positions, and never across the length
+    at which a dynamic or longrope model turns its frequencies.
     """
     depth = min(depth, max_length - length - 1)
     rope = getattr(text_config, "rope_parameters", None) or {}
+    table = getattr(text_config, "max_position_embeddings", None)
+    if not rope and table is not None:
+        depth = min(depth, table - (length + offset))
     for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
         kind = parameters.get("rope_type")
         if kind in ("dynamic", "longrope"):

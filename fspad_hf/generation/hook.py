@@ -8,14 +8,22 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import logging
 
-from ..modeling_fspad import FSPADDraftModel
+from ..modeling_fspad import FSPADDraftModel, layer_width
 from .decoding import FSPADGenerateOutput, tree_decoding
 from .probe import probe
+from .target import is_compiled
 
 logger = logging.get_logger(__name__)
 
 # What `generate` itself hands to a decoder-only text model; anything else is input that a tree knows nothing of.
-KNOWN_MODEL_KWARGS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+KNOWN_MODEL_KWARGS = {
+    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "output_attentions", "output_hidden_states",
+}  # fmt: skip
+
+
+EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states")
+HOST_LOOP = ("_sample", "_update_model_kwargs_for_generation")  # what the tree loop stands in for
 
 
 def install():
@@ -94,13 +102,12 @@ def check_pair(target: PreTrainedModel, draft: FSPADDraftModel):
             "The draft is on the `meta` device and has no weights: load it with FSPADDraftModel.from_pretrained(...)."
         )
     draft.config.validate_tree()
-    text, head = target.config.get_text_config(), target.get_output_embeddings()
+    text, width = target.config.get_text_config(), layer_width(target.get_output_embeddings())
     made_for = f"The draft (made for {draft.config.target_name_or_path!r}) does not fit {type(target).__name__}"
     remedy = "pass a draft trained for this target, or make one with FSPADDraftModel.from_target(target)."
-    if head is not None and head.weight.shape[-1] != draft.config.hidden_size:
+    if width is not None and width != draft.config.hidden_size:
         raise ValueError(
-            f"{made_for}: its hidden_size is {draft.config.hidden_size}, the target's LM head reads "
-            f"{head.weight.shape[-1]}; {remedy}"
+            f"{made_for}: its hidden_size is {draft.config.hidden_size}, the target's LM head reads {width}; {remedy}"
         )
     if text.vocab_size != draft.config.vocab_size:
         raise ValueError(
@@ -126,7 +133,9 @@ def why_not(
 ) -> str | None:
     """The reason why this call cannot be speculated, or `None`; completes "... because"."""
     cache = model_kwargs.get("past_key_values")
-    unknown = sorted(k for k, v in model_kwargs.items() if k not in KNOWN_MODEL_KWARGS and v is not None)
+    unknown = sorted(k for k, v in model_kwargs.items() if k not in KNOWN_MODEL_KWARGS and v is not None and v != {})
+    extras = any(getattr(generation_config, k) or model_kwargs.get(k) for k in EXTRA_OUTPUTS)
+    overridden = [k for k in HOST_LOOP if getattr(type(model), k) is not getattr(GenerationMixin, k)]
     positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     rules = {
         "it is an encoder-decoder model": model.config.is_encoder_decoder,
@@ -135,18 +144,37 @@ def why_not(
         "the prompt is empty": input_ids.shape[1] == 0,
         "use_cache is off": not model_kwargs.get("use_cache", True),
         "synced_gpus is on": synced_gpus,
-        "the target is in train mode": model.training,
+        f"{type(model).__name__} has its own {', '.join(overridden)}": bool(overridden),
+        "the target, or a part of it, is in train mode (call model.eval())": any(module.training for module in model.modules()),
         "the draft is in train mode (call draft.eval())": draft.training,
+        "the target is compiled and prefill_chunk_size is set": generation_config.prefill_chunk_size is not None
+        and is_compiled(model),
+        "max_length crosses the length at which it recomputes everything (longrope)": _turns_longrope(
+            model, input_ids, generation_config
+        ),
         f"of the inputs {unknown}": bool(unknown),
         "output_attentions or output_hidden_states was asked for": generation_config.return_dict_in_generate
-        and (generation_config.output_attentions or generation_config.output_hidden_states),
+        and extras,
         f"its cache is a {type(cache).__name__}": type(cache) is not DynamicCache,
         "its cache is offloaded": getattr(cache, "offloading", False),
         "the cache passed in already holds tokens": type(cache) is DynamicCache and cache.get_seq_length() > 0,
         "of the shape of position_ids": positions is not None and positions.dim() != 2,
         "of the shape of attention_mask": mask is not None and mask.shape != input_ids.shape,
+        "the prompt is nothing but padding": mask is not None and not mask.any(),
     }
     reason = next((reason for reason, holds in rules.items() if holds), None)
     if reason is None and any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
         reason = f"its cache has {sorted({type(x).__name__ for x in cache.layers})} layers"
     return reason or probe(model).reason
+
+
+def _turns_longrope(model: PreTrainedModel, input_ids: torch.LongTensor, generation_config) -> bool:
+    """Phi-3 and its kin drop the cache where the text outgrows the original context; ours would not."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    if rope.get("rope_type") != "longrope":
+        return False
+    if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+        return False
+    text = model.config.get_text_config()
+    boundary = getattr(text, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
+    return boundary is not None and input_ids.shape[1] <= boundary < generation_config.max_length

@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicCache
 from .cache import ArenaCache
 from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
+from .verification import default_generator
 
 TOLERANCE = 0.2  # of what a causal mask in the tree's place would change
 
@@ -28,18 +29,25 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     Runs a fixed tree with siblings (0 -> {1, 2}, 2 -> 3) through the model, in its own dtype and attention, and
     compares with the same paths run one by one.
 
-    The answer is kept on the model, per attention implementation, dtype, device and compilation.
+    The answer is kept on the model, per attention implementation, dtype, device, compilation, autocast and hooks.
     """
     key = (
         model.config.get_text_config()._attn_implementation,
         model.dtype,
         model.device,
         is_compiled(model),
+        torch.is_autocast_enabled(execution_device(model).type),
+        _foreign_hooks(model),
     )
     known = model.__dict__.setdefault("_fspad_probe", {})
     if key not in known:
+        generator = default_generator(execution_device(model))
+        state = generator.get_state() if generator is not None else None
         try:
             known[key] = _probe(model)
+            if state is not None and not torch.equal(generator.get_state(), state):
+                generator.set_state(state)
+                known[key] = ProbeResult("its forward draws random numbers")
         except torch.OutOfMemoryError:
             raise  # says nothing about the model
         except Exception as error:
@@ -62,8 +70,23 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     prompt, nodes = ids[:, :8], ids[:, 8:]  # nodes: root, two siblings, a child of the second
 
     def run(slots: list[int]) -> torch.Tensor:
-        sequence = torch.cat((prompt, nodes[:, slots]), dim=1)
-        return model(input_ids=sequence, use_cache=False, return_dict=True).logits[0, -len(slots) :].float()
+        """The logits at a path's nodes, by the host's own one-token steps."""
+        sequence, length, logits = prompt, None, []
+        kwargs = {
+            "past_key_values": DynamicCache(config=text_config),
+            "position_ids": torch.arange(prompt.shape[1], device=device)[None],
+            "use_cache": True,
+        }
+        for slot in [*slots, None]:
+            inputs = model.prepare_inputs_for_generation(
+                sequence, next_sequence_length=length, is_first_iteration=length is None, **kwargs
+            )
+            outputs = model(**inputs, return_dict=True)
+            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+            logits.append(outputs.logits[0, -1].float())
+            if slot is not None:
+                sequence, length = torch.cat((sequence, nodes[:, [slot]]), dim=1), 1
+        return torch.stack(logits[1:])
 
     use_hook = not is_compiled(model)
     target = Target(model, use_hook)
@@ -74,6 +97,8 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
         )  # fmt: skip
     if use_hook and not caught:
         return ProbeResult("its decoder's output is out of reach of a forward hook")
+    if outputs.logits.shape[-1] != text_config.vocab_size:
+        return ProbeResult(f"its logits are {outputs.logits.shape[-1]} wide, its vocabulary {text_config.vocab_size}")
     features = target._features(outputs, caught)
     transform = _logit_transform(target, features[:, -1:], outputs.logits[:, -1:])
     if transform is None:
@@ -91,6 +116,12 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     if not error <= TOLERANCE * scale:
         return ProbeResult(f"a trial tree came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
     return ProbeResult(None, use_hook, transform)
+
+
+def _foreign_hooks(model: PreTrainedModel) -> int:
+    """How many forward hooks other than ours are on the model: one more may change what it computes."""
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return sum(not isinstance(getattr(hook, "__self__", None), Target) for hook in hooks)
 
 
 def _logit_transform(target: Target, features: torch.Tensor, logits: torch.Tensor) -> str | None:

@@ -5,11 +5,14 @@ import threading
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from .cache import ArenaCache
 from .tree import CandidateTree
+
+HIDDEN_WINDOWS = ("window_size", "attention_window", "local_attention")
 
 
 class Target:
@@ -35,6 +38,7 @@ class Target:
         self.text_config = model.config.get_text_config()
         self.device = execution_device(model)
         self._thread = threading.get_ident()
+        self._head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._caught: list[torch.Tensor] | None = None
 
     @contextmanager
@@ -87,7 +91,7 @@ class Target:
         inputs = {
             "input_ids": tree.tokens,
             "position_ids": position + tree.depths,
-            "attention_mask": self._mask(tree, prefix.to(self.device)),
+            "attention_mask": self._mask(tree, prefix.to(self.device), cache),
             "past_key_values": cache,
             "use_cache": True,
             "return_dict": True,
@@ -98,9 +102,23 @@ class Target:
             outputs = self.model(**inputs)
         return outputs.logits, self._features(outputs, caught)
 
-    def draft_logits(self, features: torch.Tensor) -> torch.Tensor:
-        """What the target would make of `features`: its LM head and whatever it applies after it."""
-        return self.logit_transform(self.text_config, self.head(features))
+    def draft_logits(self, features: torch.Tensor, ids: torch.LongTensor | None = None) -> torch.Tensor:
+        """
+        What the target would make of `features`: its LM head and whatever it applies after it.
+
+        Args:
+            ids (`[drafted]`): only these columns, the same ones throughout a call; `None` is the whole vocabulary.
+        """
+        if ids is None:
+            logits = self.head(features)
+        elif type(self.head) is nn.Linear and self.head.weight.device == features.device:
+            if self._head_rows is None:  # a copy of a few rows, for as long as the call
+                bias = self.head.bias
+                self._head_rows = self.head.weight[ids], None if bias is None else bias[ids]
+            logits = nn.functional.linear(features, *self._head_rows)
+        else:  # quantised, offloaded or adapted: only the module itself knows how
+            logits = self.head(features)[..., ids]
+        return self.logit_transform(self.text_config, logits)
 
     def embed(self, tokens: torch.LongTensor) -> torch.Tensor:
         return self.embedding(tokens.to(self.device))
@@ -110,10 +128,10 @@ class Target:
             return outputs.hidden_states[-1]
         return torch.cat(caught, dim=1)
 
-    def _mask(self, tree: CandidateTree, prefix: torch.BoolTensor):
+    def _mask(self, tree: CandidateTree, prefix: torch.BoolTensor, cache: ArenaCache):
         """One mask, or one per kind of layer where the model mixes kinds."""
         windows = attention_windows(self.text_config)
-        dtype = self.model.dtype
+        dtype = next(layer.dtype for layer in cache.layers if layer.is_initialized)
         masks = {kind: tree.attention_mask(prefix, dtype, window) for kind, window in windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -123,10 +141,14 @@ def attention_windows(text_config) -> dict[str, int | None]:
     The sliding window (or `None`) of each kind of attention layer, as the host's own cache sees them.
 
     Raises:
-        ValueError: a kind of layer that no tree mask can serve, or two windows within one kind.
+        ValueError: a kind of layer that no tree mask can serve, two windows within one kind, or a window that the
+            model's own code applies by slot (GPT-Neo).
     """
     kinds = getattr(text_config, "layer_types", None)
     layers = DynamicCache(config=text_config).layers
+    hidden = [name for name in HIDDEN_WINDOWS if isinstance(getattr(text_config, name, None), int)]
+    if hidden and not any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers):
+        raise ValueError(f"its attention has a window ({hidden[0]}) of its own")
     if kinds is None or len(kinds) < len(layers):
         kinds = ["attention"] * max(len(layers), 1)
     windows: dict[str, int | None] = {}

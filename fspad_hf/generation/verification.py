@@ -27,7 +27,7 @@ class NoiseQueue:
 
     def __init__(self, device: torch.device, vocab_size: int):
         self.device, self.vocab_size = device, vocab_size
-        self.generator = _default_generator(device)
+        self.generator = default_generator(device)
         self.coupled = self.generator is not None
         self._rows: deque[tuple[torch.Tensor, torch.Tensor]] = deque()  # (row [1, V], generator state after it)
         self._here = self.generator.get_state() if self.coupled else None
@@ -44,13 +44,18 @@ class NoiseQueue:
                     row = torch.empty(1, self.vocab_size, device=self.device).exponential_()
                     self._rows.append((row, self.generator.get_state()))
             finally:
-                self.generator.set_state(self._here)
+                if self._rows and torch.equal(self.generator.get_state(), self._rows[-1][1]):
+                    self.generator.set_state(self._here)
+                else:  # another thread drew meanwhile: its draws stand
+                    self._turn_off()
+            if not self.coupled:
+                return None
         return torch.cat([self._rows[i][0] for i in range(count)])
 
     def draw(self, probabilities: torch.Tensor) -> torch.LongTensor:
         """`torch.multinomial(probabilities, 1)[:, 0]`, tokens and generator alike; `[1, V]` in, `[1]` out."""
         ready = self._in_step() and self._rows
-        if not ready or probabilities.shape != self._rows[0][0].shape or not _is_distribution(probabilities):
+        if not ready or not _is_like(probabilities, self._rows[0][0]) or not _is_distribution(probabilities):
             self._rows.clear()  # multinomial draws, or raises, as plain sampling does
             token = torch.multinomial(probabilities, num_samples=1).squeeze(1)
             if self.coupled:
@@ -63,12 +68,16 @@ class NoiseQueue:
 
     def _in_step(self) -> bool:
         if self.coupled and not torch.equal(self.generator.get_state(), self._here):
-            self.coupled = False  # someone else drew, and may again: no more guessing ahead
-            self._rows.clear()
+            self._turn_off()
         return self.coupled
 
+    def _turn_off(self):
+        """Someone else drew, and may again: no more guessing ahead."""
+        self.coupled = False
+        self._rows.clear()
 
-def _default_generator(device: torch.device) -> torch.Generator | None:
+
+def default_generator(device: torch.device) -> torch.Generator | None:
     if device.type == "cpu":
         return torch.default_generator
     if device.type == "cuda":
@@ -76,6 +85,10 @@ def _default_generator(device: torch.device) -> torch.Generator | None:
         index = device.index if device.index is not None else torch.cuda.current_device()
         return torch.cuda.default_generators[index]
     return None  # elsewhere multinomial may be another algorithm: leave it alone
+
+
+def _is_like(probabilities: torch.Tensor, row: torch.Tensor) -> bool:
+    return probabilities.shape == row.shape and probabilities.dtype == row.dtype
 
 
 def _is_distribution(probabilities: torch.Tensor) -> bool:
@@ -128,20 +141,19 @@ class TokenEmitter:
         return int(token)
 
 
-def walk(tree: CandidateTree, logits: torch.Tensor, emitter: TokenEmitter) -> list[int]:
+def walk(tree: CandidateTree, logits: torch.Tensor, emitter: TokenEmitter, path: list[int]):
     """
     Emits tokens from the root for as long as each is among its node's children; the first that is not is the bonus.
 
     Args:
         logits (`[1, nodes, vocabulary]`): the target's, at every node.
-
-    Returns:
-        The nodes at which a token was drawn, the root first: the rows to keep.
+        path: filled with the nodes at which a token was drawn, the root first: the rows to keep, also when code of the
+            user's raises on the way.
     """
-    children, path, node = tree.children(), [], 0
+    children, node = tree.children(), 0
     while True:
         path.append(node)
         token = emitter.emit(logits[:, node])
         node = children.get((node, token))
         if emitter.finished or node is None:
-            return path
+            return

@@ -82,7 +82,8 @@ def simulate(
             noise.at = length - prompt_length
         depth = depth_limit(draft.config.tree_depth, length, 0, max_length, view.text_config)
         tree = generator.grow(sequence[:, length - 1 : length], depth)
-        path = walk(tree, features.new_empty(1, len(tree), 0), emitter)
+        path: list[int] = []
+        walk(tree, features.new_empty(1, len(tree), 0), emitter, path)
         record.accepted_lengths.append(len(path))
     return record
 

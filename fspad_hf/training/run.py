@@ -22,6 +22,7 @@ def run_training(
     rows: int | None = None,
     keep_features: bool = False,
     linear_start: bool = True,
+    draft_vocab_size: int | None = None,
     draft_overrides: dict | None = None,
     target_name: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -35,7 +36,8 @@ def run_training(
         rows: train on so many, chosen by `config.seed`; default all but the held-out last 512.
         keep_features: hold the target's features in memory (2 h bytes a token) for later epochs.
         linear_start: begin at the best linear guess, see [`warm_start`].
-        draft_overrides: fields of [`FSPADConfig`].
+        draft_vocab_size: draft only the most frequent ids of the data.
+        draft_overrides: other fields of [`FSPADConfig`].
         target_name: what the draft's config names as its target, if not `target`.
     """
     from rich.console import Console
@@ -54,7 +56,9 @@ def run_training(
     if len(ids) and int(ids.max()) >= model.config.get_text_config().vocab_size:
         raise ValueError(f"The data holds token id {int(ids.max())}: it was made with another target's tokenizer.")
     torch.manual_seed(config.seed)
-    draft = FSPADDraftModel.from_target(model, **(draft_overrides or {})).float()
+    draft = FSPADDraftModel.from_target(model, **(draft_overrides or {}), draft_vocab_size=draft_vocab_size).float()
+    if draft.config.draft_vocab_size is not None:
+        draft.draft_vocab_ids = frequent_ids(tokens[:available], draft.config.draft_vocab_size)
     if target_name:
         draft.config.target_name_or_path = target_name
     features = TargetFeatures(model, keep=keep_features)
@@ -72,6 +76,12 @@ def run_training(
     train(draft, model, ids, masks, config, features, report)
     draft.save_pretrained(config.output_dir, tokenizer=tokenizer)
     return draft
+
+
+def frequent_ids(tokens: np.ndarray, count: int) -> torch.LongTensor:
+    """The `count` most frequent ids of `tokens`, ascending; ties and ids never seen go to the smaller id."""
+    counts = np.bincount(tokens.ravel(), minlength=count)
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:count]))
 
 
 def assistant_span(tokenizer) -> tuple[list[int], list[int]]:

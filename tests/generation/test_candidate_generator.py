@@ -21,16 +21,20 @@ def prepared(llama, draft, prompt, noise=None):
     return generator, features
 
 
+@pytest.mark.parametrize("vocabulary", [None, 20])
 @pytest.mark.parametrize("kappa", [None, 1.0, 2.0])
 @pytest.mark.parametrize("variant", [(True, True), (True, False), (False, True), (False, False)])
-def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant):
+def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, vocabulary):
     """Batched levels, tree masks and caches against the definition: each node's path through the draft on its own."""
     sampling, alignment = variant
     depth, k, total = 4, 3, 14
     draft = fresh_draft(
         llama, tree_depth=depth, tree_top_k=k, tree_total_nodes=total, coupling_kappa=kappa or 1.0,
-        feature_sampling=sampling, partial_alignment=alignment,
+        feature_sampling=sampling, partial_alignment=alignment, draft_vocab_size=vocabulary,
     )  # fmt: skip
+    ids = torch.arange(64)
+    if vocabulary:
+        ids = draft.draft_vocab_ids = torch.randperm(64, generator=torch.Generator().manual_seed(2))[:vocabulary]
     torch.manual_seed(3)
     noise = NoiseQueue(torch.device("cpu"), 64) if kappa else None
     generator, features = prepared(llama, draft, prompt, noise)
@@ -45,9 +49,9 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant):
             inputs = torch.cat((inputs, out.features[:, -1:]), dim=1)
             if token is not None:
                 tokens = torch.cat((tokens, torch.tensor([[token]])), dim=1)
-        scores = llama.lm_head(out.logit_features[0, -1])
+        scores = llama.lm_head(out.logit_features[0, -1])[ids]
         if rows is not None:
-            scores = kappa * (scores.log_softmax(-1) - rows[len(path)].log())
+            scores = kappa * (scores.log_softmax(-1) - rows[len(path)][ids].log())
         return scores.log_softmax(-1)
 
     with torch.no_grad():
@@ -56,7 +60,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant):
             level = []
             for path, score in frontier:
                 values, tokens = expand(path).topk(k)
-                level += [((*path, int(t)), score + float(v)) for v, t in zip(values, tokens, strict=True)]
+                level += [((*path, int(ids[t])), score + float(v)) for v, t in zip(values, tokens, strict=True)]
             nodes += level
             frontier = sorted(level, key=lambda node: -node[1])[:k]
     expected = {path for path, _ in sorted(nodes, key=lambda node: -node[1])[:total]}

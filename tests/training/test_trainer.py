@@ -140,8 +140,15 @@ def test_the_command_trains_a_draft_that_generate_takes(llama, rows, tokenizer, 
     arguments += ["--steps", "3", "--batch-rows", "2", "--micro-rows", "2"]
     assert main([*arguments, "--rows", "9"]) == 2 and "512 held out" in capsys.readouterr().err
     monkeypatch.setattr(run, "HELD_OUT_ROWS", 2)
-    assert main([*arguments, "--rows", "8", "--keep-features", "--target-name", "user/target"]) == 0
+    assert (
+        main(
+            [*arguments, "--rows", "8", "--keep-features", "--target-name", "user/target", "--draft-vocab-size", "20"]
+        )
+        == 0
+    )
     draft = FSPADDraftModel.from_pretrained(tmp_path / "draft")
+    counts = torch.from_numpy(np.load(tmp_path / "ids.npy")[:-2].astype(np.int64)).flatten().bincount(minlength=64)
+    assert counts[draft.draft_vocab_ids].min() >= counts.sort(descending=True).values[20]
     assert draft.config.target_name_or_path == "user/target" and (tmp_path / "draft" / "tokenizer.json").exists()
     out = llama.generate(rows[:1, :8], assistant_model=draft, max_new_tokens=9)
     assert out.tolist() == llama.generate(rows[:1, :8], max_new_tokens=9).tolist()
