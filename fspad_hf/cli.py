@@ -89,7 +89,7 @@ def _add_demo(commands) -> None:
     run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens an answer (default: 128)")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampled answers (default: 0)")
     run.add_argument("--json", dest="json_file", metavar="FILE", help="write the rows of the table here")
-    tree = parser.add_argument_group("draft tree (default: what the draft's config.json says)")
+    tree = parser.add_argument_group("draft tree (default: what the draft's config.json says; on a CPU 3, 3, 8)")
     tree.add_argument("--tree-depth", type=int, metavar="N", help="levels below the root")
     tree.add_argument("--tree-top-k", type=int, metavar="N", help="children of a node, and nodes expanded a level")
     tree.add_argument("--tree-nodes", type=int, metavar="N", help="nodes verified each round")

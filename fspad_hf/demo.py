@@ -33,6 +33,7 @@ MODES = {
     "sampled": {"num_beams": 1, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
 }
 WARM_UP_TOKENS = 8
+CPU_TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_total_nodes": 8}  # a CPU pays for every row it verifies
 ACCEPTED_STYLES, OWN_STYLE = ("bold green", "bold cyan"), "dim"
 LEGEND = "[bold cyan]bold:[/] [bold green]drafted[/] and accepted, one colour a round; [dim]dim: the target's own[/]"
 
@@ -63,7 +64,8 @@ def run_demo(
         prompts: the user's messages; by default four short ones.
         json_file: where to write the rows.
         seed: given to `torch.manual_seed` before each answer.
-        tree_depth, tree_top_k, tree_nodes: replace `tree_depth`, `tree_top_k`, `tree_total_nodes` of the draft.
+        tree_depth, tree_top_k, tree_nodes: replace `tree_depth`, `tree_top_k`, `tree_total_nodes` of the draft; with
+            none of them, a CPU gets the small `CPU_TREE`.
 
     Returns:
         A row for each prompt and mode: prompt, do_sample, new_tokens, identical, plain_tokens_per_second,
@@ -82,6 +84,8 @@ def run_demo(
     with quiet_transformers():
         draft = draft or str(released_draft())
         trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes}
+        if place.type == "cpu" and all(value is None for value in trees.values()):
+            trees = CPU_TREE
         config = _draft_config(draft, trees)
         target = target or str(demo_target())
         with status(f"Loading {target} and {draft}"):

@@ -145,7 +145,9 @@ def why_not(
         "use_cache is off": not model_kwargs.get("use_cache", True),
         "synced_gpus is on": synced_gpus,
         f"{type(model).__name__} has its own {', '.join(overridden)}": bool(overridden),
-        "the target, or a part of it, is in train mode (call model.eval())": any(module.training for module in model.modules()),
+        "the target, or a part of it, is in train mode (call model.eval())": any(
+            module.training for module in model.modules()
+        ),
         "the draft is in train mode (call draft.eval())": draft.training,
         "the target is compiled and prefill_chunk_size is set": generation_config.prefill_chunk_size is not None
         and is_compiled(model),
