@@ -4,7 +4,7 @@ import torch
 from .. import tiny
 from ..conftest import fresh_draft
 
-# gpt_oss has attention sinks that sdpa lacks; gemma2 a softcap. The host itself offers eager only.
+# The host refuses sdpa for both: attention sinks, and a softcap.
 EAGER_ONLY = {"gpt_oss", "gemma2"}
 CASES = [(n, a) for n in tiny.CONFIGS for a in ("sdpa", "eager") if a == "eager" or n not in EAGER_ONLY]
 
