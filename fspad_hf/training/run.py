@@ -73,9 +73,7 @@ def run_training(
     console.print(
         f"{len(ids)} rows of {ids.shape[1]}, {float(masks.float().mean()):.0%} in the loss; {asdict(config)}"
     )
-    train(draft, model, ids, masks, config, features, report)
-    draft.save_pretrained(config.output_dir, tokenizer=tokenizer)
-    return draft
+    return train(draft, model, ids, masks, config, features, report, tokenizer)
 
 
 def frequent_ids(tokens: np.ndarray, count: int) -> torch.LongTensor:

@@ -134,6 +134,7 @@ def train(
     config: TrainingConfig,
     features: Callable[[list[int], torch.LongTensor], torch.Tensor] | None = None,
     report: Callable[[dict], None] = lambda record: None,
+    tokenizer=None,
 ) -> FSPADDraftModel:
     """
     Trains `draft` in place and saves it under `config.output_dir`; picks an interrupted run up where it stood.
@@ -143,6 +144,7 @@ def train(
         target: frozen, in whatever precision it runs.
         rows (`[rows, length]`), masks (`[rows, length]`): token ids, and True on the assistant's tokens.
         features: as [`TargetFeatures`], which is the default.
+        tokenizer: the target's, saved with the draft.
         report: called with a record (step, loss, feature, logit, top1, tokens) after each step.
 
     Raises:
@@ -210,7 +212,7 @@ def train(
         if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
             _checkpoint(accelerator, output / "checkpoint", step + 1, config)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).eval().save_pretrained(output)
+        accelerator.unwrap_model(model).eval().save_pretrained(output, tokenizer=tokenizer)
     accelerator.wait_for_everyone()
     return draft.eval()
 
