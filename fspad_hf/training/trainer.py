@@ -95,7 +95,7 @@ def draft_loss(
 def warm_start(draft: FSPADDraftModel, embedding: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]):
     """
     Starts the draft at the best linear guess: `fc` solves the ridge regression f_{t+1} ~ W [e_{t+1}; f_t] + b in
-    closed form, and every residual branch starts at zero. Saves the first few hundred steps.
+    closed form, and every residual branch starts at zero.
 
     Args:
         batches: (ids `[rows, length]`, features `[rows, length, hidden]`); some 100,000 tokens are plenty.
