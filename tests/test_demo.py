@@ -12,8 +12,10 @@ from rich.console import Console
 from transformers.utils import logging
 
 from fspad_hf import cli, demo_target
-from fspad_hf.demo import RunStreamer, is_exact, resolve_device, resolve_dtype, run_demo
+from fspad_hf.demo import run_demo
 from fspad_hf.evaluation.divergence import first_divergence
+from fspad_hf.runtime import is_exact, resolve_device, resolve_dtype
+from fspad_hf.streaming import RunStreamer
 
 from . import tiny
 from .conftest import fresh_draft

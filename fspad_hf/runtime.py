@@ -1,0 +1,111 @@
+"""What the commands share: devices and dtypes by name, quiet loading, files written whole."""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str | None = None) -> torch.device:
+    """The device by its name; by default CUDA if there is one, else the CPU. `ValueError` if this machine lacks it."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = {"cpu": 1}
+    if accelerator := torch.accelerator.current_accelerator(check_available=True):
+        counts[accelerator.type] = torch.accelerator.device_count()
+    try:
+        found = torch.device(device)
+        if (found.index or 0) < counts.get(found.type, 0):
+            return found
+    except RuntimeError:
+        pass
+    raise ValueError(
+        f"device={device!r} is not on this machine: expected one of {list(counts)}; leave it out for the default."
+    )
+
+
+def resolve_dtype(dtype: str | torch.dtype | None = None, device: str | None = None) -> torch.dtype:
+    """The dtype by its name; by default float32 on the CPU, else bfloat16."""
+    if dtype is None:
+        return torch.float32 if resolve_device(device).type == "cpu" else torch.bfloat16
+    found = dtype if isinstance(dtype, torch.dtype) else DTYPES.get(dtype)
+    if found not in DTYPES.values():
+        raise ValueError(f"dtype={dtype!r} is unknown: expected one of {list(DTYPES)}; leave it out for the default.")
+    return found
+
+
+def is_exact(device: str | None = None, dtype: str | None = None) -> bool:
+    """Whether a differing token is a failure, as in float32 and float64; below them near ties may fall either way."""
+    return resolve_dtype(dtype, device) in (torch.float32, torch.float64)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars, and errors only, from transformers inside the block; as before after it."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def status(message: str) -> Iterator[None]:
+    """A spinner on stderr while the block runs; one plain line where stderr is no terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(file=sys.stderr)
+    if not console.is_terminal:
+        console.out(f"{message} ...", highlight=False)
+        yield
+        return
+    with console.status(Text(message)):
+        yield
+
+
+def writable_file(path: str | os.PathLike, option: str = "json_file") -> Path:
+    """The file as an absolute path, after checking that it can be written. `ValueError` or `OSError` if not."""
+    final = Path(path).expanduser().resolve()
+    if final.exists() and not final.is_file():
+        raise ValueError(f"{option}={str(path)!r} is not a regular file: name a file to write.")
+    try:
+        _partial(final).touch()
+        _partial(final).unlink()
+    except OSError as error:
+        raise OSError(
+            f"{option}={str(path)!r} cannot be written ({error.strerror}): name a file in a folder that exists and "
+            "that you may write to."
+        ) from error
+    return final
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Writes a whole file or nothing: to a temporary name beside it, then renamed."""
+    content = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        _partial(path).write_bytes(content)
+        _partial(path).replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            _partial(path).unlink()
+
+
+def write_json(path: Path, value) -> None:
+    """[`write_file`] of `value` as indented JSON."""
+    write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
