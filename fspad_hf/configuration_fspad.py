@@ -32,7 +32,9 @@ class FSPADConfig(PreTrainedConfig):
         tree_top_k: children of a node, and nodes expanded at each level.
         tree_total_nodes: nodes verified each round, the root not counted.
         coupled_drafting: when sampling, let the draft see the noise of the coming draws. Never changes a token.
-        coupling_kappa: sharpness of the confidence in a coupled tree's cumulative scores.
+        coupling_sharpness: the factor on the draft's log-probabilities where a coupled child is chosen. A draft hedges
+            between continuations that the target tells apart, so above 1 its guess of a given draw is better.
+        coupling_kappa: the factor on a coupled child's score before it becomes a confidence.
         target_name_or_path: where the target came from (Hub id or path).
         target_model_type: the target's `model_type`.
     """
@@ -62,6 +64,7 @@ class FSPADConfig(PreTrainedConfig):
     tree_top_k: int = 10
     tree_total_nodes: int = 59
     coupled_drafting: bool = True
+    coupling_sharpness: int | float = 1.0
     coupling_kappa: int | float = 1.0
     target_name_or_path: str | None = None
     target_model_type: str | None = None
@@ -115,8 +118,9 @@ class FSPADConfig(PreTrainedConfig):
                 f"tree_depth={self.tree_depth} and tree_top_k={self.tree_top_k} can grow; "
                 f"set tree_total_nodes to at most {reach}, or grow a deeper or wider tree."
             )
-        if not self.coupling_kappa > 0:
-            raise ValueError(f"coupling_kappa={self.coupling_kappa!r} must be above 0 (default 1.0).")
+        for name in ("coupling_sharpness", "coupling_kappa"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be finite and above 0 (default 1.0).")
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         # A pipeline looks a string draft's class up as `getattr(transformers, architecture)`, so the list must

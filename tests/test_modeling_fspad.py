@@ -201,6 +201,7 @@ class TestConfig:
             ({"tree_top_k": -1}, "tree_top_k=-1"),
             ({"tree_depth": 2, "tree_top_k": 2, "tree_total_nodes": 7}, "more than the 6 nodes"),
             ({"coupling_kappa": 0}, "coupling_kappa=0"),
+            ({"coupling_sharpness": float("inf")}, "coupling_sharpness=inf"),
             ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads=6"),
             ({"head_dim": 7}, "head_dim=7"),
             ({"draft_vocab_size": 9, "tree_top_k": 10}, "tree_top_k=10"),

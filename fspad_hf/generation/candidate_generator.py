@@ -164,9 +164,9 @@ class FSPADCandidateGenerator(CandidateGenerator):
         """
         The top k children of each node: log-confidences and tokens, both `[1, nodes, k]`.
 
-        Uncoupled: the log-softmax of the raw draft logits. Coupled: log-softmax(kappa (log q - log E)) with q the
-        draft's warped distribution and E the row of noise that will decide the draw at this depth, so that the child
-        which wins is the one the draw would pick if the draft were the target.
+        Uncoupled: the log-softmax of the raw draft logits. Coupled: log-softmax(kappa (sharpness log q - log E)) with
+        q the draft's warped distribution and E the row of noise that will decide the draw at this depth, so that the
+        child which wins is the one the draw would pick if the draft, sharpened, were the target.
         """
         ids = self.draft.draft_vocab_ids
         scores = self.target.draft_logits(logit_features, ids).float().to(self.draft.device)
@@ -174,7 +174,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
             flat = self.warpers(None, scores[0]) if self.warpers else scores[0]
             noise = rows[depth].to(scores.device)
             log_noise = (noise if ids is None else noise[ids]).clamp(min=torch.finfo(torch.float32).tiny).log()
-            scores = (self.config.coupling_kappa * (flat - log_noise))[None]
+            scores = (self.config.coupling_kappa * (self.config.coupling_sharpness * flat - log_noise))[None]
         values, tokens = scores.topk(self.config.tree_top_k, dim=-1)
         return values - scores.logsumexp(-1, keepdim=True), tokens if ids is None else ids[tokens]
 
