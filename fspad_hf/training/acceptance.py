@@ -5,16 +5,17 @@ all tokens come from one forward, the trees are grown by the very generator that
 tokens.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..generation.candidate_generator import FSPADCandidateGenerator
 from ..generation.decoding import SpeculationRecord, depth_limit
 from ..generation.probe import probe
 from ..generation.target import Target
 from ..generation.verification import walk
+from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import quiet_transformers, writable_file, write_json
 
@@ -87,6 +88,51 @@ def simulate(
     return record
 
 
+class SeededDraws(LogitsProcessor):
+    """
+    Makes greedy batched decoding sample: row b draws its tokens as plain sampling does after `manual_seed(seeds[b])`.
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        noise = [torch.empty_like(scores[:1]).exponential_(generator=generator) for generator in self.generators]
+        return scores.softmax(-1).log() - torch.cat(noise).log()
+
+
+def known_continuations(
+    target: PreTrainedModel,
+    prompts: list[torch.LongTensor],
+    max_new_tokens: int,
+    seeds: list[int] | None = None,
+    batch_size: int = 16,
+) -> Iterator[tuple[int, torch.LongTensor]]:
+    """
+    What plain `generate` makes of each prompt, decoded in batches of like lengths; (number of the prompt, sequence).
+
+    Args:
+        prompts: each `[1, length]`; the sequences are `[1, length + new]`, up to the first EOS.
+        seeds: one a prompt: sampled at T = 1 (top_k 0, top_p 1) as after `torch.manual_seed` of it; `None`: greedy.
+    """
+    eos = target.generation_config.eos_token_id
+    eos = set(eos if isinstance(eos, list) else [eos])
+    order = sorted(range(len(prompts)), key=lambda number: prompts[number].shape[1])
+    for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        width = prompts[batch[-1]].shape[1]
+        rows = [torch.nn.functional.pad(prompts[n], (width - prompts[n].shape[1], 0)) for n in batch]
+        shown = [torch.arange(width)[None] >= width - prompts[n].shape[1] for n in batch]
+        draws = [SeededDraws([seeds[n] for n in batch], target.device)] if seeds is not None else []
+        out = target.generate(
+            torch.cat(rows), attention_mask=torch.cat(shown).long().to(target.device), do_sample=False,
+            max_new_tokens=max_new_tokens, logits_processor=LogitsProcessorList(draws),
+            pad_token_id=target.generation_config.pad_token_id or 0,
+        )  # fmt: skip
+        for number, tokens in zip(batch, out[:, width:].tolist(), strict=True):
+            new = next((i + 1 for i, token in enumerate(tokens) if token in eos), len(tokens))
+            yield number, torch.cat((prompts[number], prompts[number].new_tensor([tokens[:new]])), dim=-1)
+
+
 def measure_acceptance(
     target: PreTrainedModel,
     tokenizer,
@@ -101,38 +147,31 @@ def measure_acceptance(
 
     Args:
         prompts: (task, user message) pairs; the chat template is applied.
-        report: called with each row: task, mode, tokens (after the first), rounds.
+        seed: prompt number n is sampled with `seed + n`.
+        report: called with each row: prompt, task, mode, tokens (after the first), rounds, accepted_lengths.
     """
-    rows = []
-    coupled = draft.config.coupled_drafting
+    prompts = list(prompts)
+    ids = [
+        encode_chat(tokenizer, [{"role": "user", "content": text}], target.device)["input_ids"] for _, text in prompts
+    ]
+    seeds = [seed + number for number in range(len(prompts))]
+    rows, coupled = [], draft.config.coupled_drafting
+    vocabulary, reach = target.config.get_text_config().vocab_size, max_new_tokens + draft.config.tree_depth
     try:
-        for task, prompt in prompts:
-            chat = [{"role": "user", "content": prompt}]
-            ids = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-            ids = ids["input_ids"].to(target.device)
-            length = ids.shape[1]
-            for do_sample in (False, True):
-                torch.manual_seed(seed)
-                sampling = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
-                sequence = target.generate(
-                    ids, attention_mask=torch.ones_like(ids), do_sample=do_sample, max_new_tokens=max_new_tokens,
-                    **sampling,
-                )  # fmt: skip
+        for sampled in (False, True):
+            for number, sequence in known_continuations(target, ids, max_new_tokens, seeds if sampled else None):
                 with torch.no_grad():
                     features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
-                for mode in ("coupled", "uncoupled") if do_sample else ("greedy",):
+                length = ids[number].shape[1]
+                for mode in ("coupled", "uncoupled") if sampled else ("greedy",):
                     draft.config.coupled_drafting = mode == "coupled"
-                    new = sequence.shape[1] - length
-                    noise = None
-                    if mode == "coupled":
-                        vocabulary = target.config.get_text_config().vocab_size
-                        noise = KnownNoise(seed, max_new_tokens + draft.config.tree_depth, vocabulary, ids.device)
+                    noise = KnownNoise(seeds[number], reach, vocabulary, target.device) if mode == "coupled" else None
                     record = simulate(
                         target, draft, sequence, length, length + max_new_tokens, noise, features=features
                     )
-                    rows.append({"task": task, "mode": mode, "tokens": new - 1, "rounds": record.rounds})
+                    row = {"prompt": number, "task": prompts[number][0], "mode": mode}
+                    row |= {"tokens": sequence.shape[1] - length - 1, "rounds": record.rounds}
+                    rows.append(row | {"accepted_lengths": record.accepted_lengths})
                     report(rows[-1])
     finally:
         draft.config.coupled_drafting = coupled
@@ -155,18 +194,20 @@ def run_acceptance(
 ) -> list[dict]:  # fmt: skip
     """`fspad-hf acceptance`: tau on the first turns of Spec-Bench questions, printed as a table."""
     from rich.console import Console
-    from rich.progress import track
+    from rich.progress import MofNCompleteColumn, Progress
     from rich.table import Table
 
     from ..evaluation.spec_bench import load_questions
-    from ..loading import load_models
 
     json_file = writable_file(json_file) if json_file is not None else None
     asked = [(task, turns[0]) for task, found in load_questions(questions, per_task).items() for turns in found]
     models = load_models(target, draft, device, dtype, cpu_tree=False)
-    with quiet_transformers():
-        progress = track(asked, "prompts", console=Console(stderr=True))
-        rows = measure_acceptance(models.target, models.tokenizer, models.draft, progress, max_new_tokens, seed)
+    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
+    with quiet_transformers(), bar:
+        done = bar.add_task("simulated", total=3 * len(asked))
+        rows = measure_acceptance(
+            models.target, models.tokenizer, models.draft, asked, max_new_tokens, seed, lambda row: bar.advance(done)
+        )
     table = Table(title="tau (tokens after the first / verification forwards)")
     tasks = list(mean_tau(rows, "greedy")[0])
     for name in ("", *tasks, "mean"):

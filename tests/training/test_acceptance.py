@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fspad_hf.evaluation.spec_bench import TASKS, load_questions
-from fspad_hf.training.acceptance import KnownNoise, mean_tau, measure_acceptance, simulate
+from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
 
 from ..conftest import fresh_draft
 
@@ -35,6 +35,19 @@ def test_measure(llama, tokenizer):
     taus, mean = mean_tau(rows, "greedy")
     assert set(taus) == {"qa", "rag"} and mean == pytest.approx(sum(taus.values()) / 2) and mean >= 1
     assert draft.config.coupled_drafting
+
+
+def test_batched_continuations_are_what_plain_generate_makes(llama):
+    prompts = [torch.tensor([[1, 17, 5, 40, 9][:n]]) for n in (5, 2, 4, 3)]
+    plain, seeds = {"max_new_tokens": 30, "pad_token_id": 0}, [3, 1, 4, 2]
+    for sampled in (False, True):
+        made = dict(known_continuations(llama, prompts, 30, seeds if sampled else None, batch_size=3))
+        for number, prompt in enumerate(prompts):
+            torch.manual_seed(seeds[number])
+            truth = llama.generate(prompt, do_sample=sampled, temperature=1.0, top_k=0, top_p=1.0, **plain)
+            assert made[number].tolist() == truth.tolist()
+        lengths = {made[number].shape[1] - prompts[number].shape[1] for number in made}
+        assert not sampled or min(lengths) < 30  # some end with EOS
 
 
 def test_questions(tmp_path):
