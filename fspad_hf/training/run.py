@@ -7,7 +7,10 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..loading import draft_config, load_models
 from ..modeling_fspad import FSPADDraftModel
+from ..runtime import status, write_file
+from .coupling import fit_coupling
 from .data import load_token_rows, span_mask
 from .trainer import TargetFeatures, TrainingConfig, train, warm_start
 
@@ -74,6 +77,36 @@ def run_training(
         f"{len(ids)} rows of {ids.shape[1]}, {float(masks.float().mean()):.0%} in the loss; {asdict(config)}"
     )
     return train(draft, model, ids, masks, config, features, report, tokenizer)
+
+
+def run_calibration(
+    target: str | None, draft: str | None, data: list[str], rows: int, positions: int, seed: int = 0,
+    device: str | None = None, dtype: str | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """
+    `fspad-hf calibrate`: [`fit_coupling`] on the last rows of `data`; the draft's config.json is rewritten.
+
+    Args:
+        draft: the draft's folder.
+        rows: use so many rows, from the end: those that [`run_training`] holds out.
+    """
+    from rich.console import Console
+
+    if draft is not None and not Path(draft).is_dir():
+        raise ValueError(f"draft={draft!r} is not a folder: expected a local draft, whose config.json is rewritten.")
+    if rows < 1:
+        raise ValueError(f"rows={rows} leaves no text to fit to: expected 1 or more.")
+    tokens = torch.from_numpy(load_token_rows(data)[-rows:].astype(np.int64))
+    models = load_models(target, draft, device, dtype, cpu_tree=False)
+    masks = span_mask(tokens, *assistant_span(models.tokenizer))
+    with status(f"Drawing at {positions} tokens of {len(tokens)} rows"):
+        fitted = fit_coupling(models.draft, models.target, tokens, masks, positions, seed)
+    config = draft_config(models.draft_name)
+    config.coupling_sharpness, config.coupling_kappa = fitted["sharpness"], fitted["kappa"]
+    write_file(Path(models.draft_name) / "config.json", config.to_json_string())
+    values = "  ".join(f"{name} {value:.3g}" for name, value in fitted.items())
+    Console().print(f"{models.draft_name}/config.json: {values}", highlight=False, soft_wrap=True)
+    return fitted
 
 
 def frequent_ids(tokens: np.ndarray, count: int) -> torch.LongTensor:

@@ -1,0 +1,18 @@
+from . import add_model_arguments
+
+ABOUT = "fit coupled drafting (coupling_sharpness, coupling_kappa) to held-out text; changes the draft's config.json"
+
+
+def add_arguments(parser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--data", required=True, nargs="+", metavar="NPY", help="token ids [rows, length], or folders")
+    parser.add_argument("--rows", type=int, default=48, metavar="N", help="use the last N rows (default: 48)")
+    parser.add_argument("--positions", type=int, default=4096, metavar="N", help="draw at N tokens (default: 4096)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
+
+
+def run(**options) -> int:
+    from ..training.run import run_calibration
+
+    run_calibration(**options)
+    return 0

@@ -1,0 +1,99 @@
+"""Fitting coupled drafting to a draft: how far to trust its log-probabilities, and how sure to be of the outcome.
+
+A coupled child is chosen by argmax(a log q - log E) and believed in by softmax(kappa (a log q - log E)). Were the
+draft q the target p, a = 1 would be right, and any kappa too small. A draft hedges where the target knows, so a
+sharper q (a > 1) guesses more draws, and a smaller kappa admits that it is a guess. Both are fitted by maximum
+likelihood of draws at T = 1 on held-out text; nothing is decoded.
+
+Legend: p the target's distribution, q the draft's, E a row of Exp(1) noise, x = argmax(log p - log E) the draw.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from transformers import PreTrainedModel
+
+from ..generation.probe import probe
+from ..generation.target import Target
+from ..modeling_fspad import FSPADDraftModel
+
+SHARPNESS = (0.8, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
+KAPPA = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
+
+
+@torch.no_grad()
+def fit_coupling(
+    draft: FSPADDraftModel,
+    target: PreTrainedModel,
+    rows: torch.LongTensor,
+    masks: torch.BoolTensor,
+    positions: int = 4096,
+    seed: int = 0,
+) -> dict[str, float]:
+    """
+    Sets `draft.config.coupling_sharpness` and `coupling_kappa` to the values under which draws at T = 1 are likeliest.
+
+    Args:
+        rows (`[rows, length]`), masks (`[rows, length]`): held-out text, and True on the assistant's tokens.
+        positions: draw at about so many of those tokens, evenly spread.
+
+    Returns:
+        sharpness, kappa, positions, and the share of draws that the first child is right about: hit (fitted),
+        hit_before (with the values the draft came with), hit_uncoupled.
+
+    Raises:
+        ValueError: the masks keep nothing.
+    """
+    total = int(masks[:, 2:].sum())
+    if not total:
+        raise ValueError(f"Nothing to fit coupled drafting on: {len(rows)} rows without a token of the assistant's.")
+    before = (float(draft.config.coupling_sharpness), float(draft.config.coupling_kappa))
+    grid = sorted({(a, k) for a in SHARPNESS for k in KAPPA} | {before})
+    likelihood = dict.fromkeys(grid, 0.0)
+    hits = dict.fromkeys([a for a, _ in grid], 0)
+    uncoupled = seen = 0
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for p, q in _distributions(draft, target, rows, masks, max(total // positions, 1)):
+            noise = torch.empty_like(p).exponential_().clamp(min=torch.finfo(p.dtype).tiny)
+            x = (p / noise).argmax(-1, keepdim=True)
+            seen += len(x)
+            if draft.draft_vocab_ids is not None:  # a token that is not drafted is missed under all values
+                x, drafted = _places(x, draft.draft_vocab_ids.to(x.device), p.shape[1])
+                q, noise, x = q[drafted], noise[drafted][:, draft.draft_vocab_ids], x[drafted]
+            uncoupled += int((q.argmax(-1, keepdim=True) == x).sum())
+            for a in hits:
+                race = a * q - noise.log()
+                hits[a] += int((race.argmax(-1, keepdim=True) == x).sum())
+                for k in (k for sharpness, k in grid if sharpness == a):
+                    scores = k * race
+                    likelihood[a, k] += float((scores.gather(1, x)[:, 0] - scores.logsumexp(-1)).double().sum())
+    sharpness, kappa = max(grid, key=likelihood.get)
+    draft.config.coupling_sharpness, draft.config.coupling_kappa = sharpness, kappa
+    return {
+        "sharpness": sharpness, "kappa": kappa, "positions": seen, "hit": hits[sharpness] / seen,
+        "hit_before": hits[before[0]] / seen, "hit_uncoupled": uncoupled / seen,
+    }  # fmt: skip
+
+
+def _distributions(draft, target, rows, masks, stride: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """p `[positions, V]` and log q `[positions, drafted]` at every `stride`-th masked position, a row at a time."""
+    found = probe(target)
+    view = Target(target, found.use_hook, found.logit_transform)
+    for ids, mask in zip(rows.to(target.device).split(1), masks.to(target.device).split(1), strict=True):
+        at = mask[0, 2:].nonzero()[::stride, 0]  # the draft's output t is about token t + 2
+        if not len(at):
+            continue
+        features = target.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+        inputs = view.embed(ids[:, 1:]).to(draft.device, draft.dtype), features[:, :-1].to(draft.device, draft.dtype)
+        drafted = draft(*inputs).logit_features[0, at.to(draft.device)].to(features)
+        q = view.draft_logits(drafted, draft.draft_vocab_ids).float().log_softmax(-1)
+        yield view.draft_logits(features[0, at + 1]).float().softmax(-1), q
+
+
+def _places(tokens: torch.LongTensor, drafted_ids: torch.LongTensor, vocab_size: int):
+    """Each token's place among the drafted ids, `[positions, 1]`, and whether it is there, `[positions]`."""
+    places = torch.full((vocab_size,), -1, device=tokens.device)
+    places[drafted_ids] = torch.arange(len(drafted_ids), device=tokens.device)
+    places = places[tokens]
+    return places, places[:, 0] >= 0

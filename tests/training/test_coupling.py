@@ -1,0 +1,100 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from fspad_hf import FSPADConfig
+from fspad_hf.cli import main
+from fspad_hf.training import coupling
+from fspad_hf.training.coupling import fit_coupling
+
+from ..conftest import fresh_draft
+
+
+def given(monkeypatch, draft, factor, noise=0.0):
+    """Fits a draft whose log-probabilities are the target's over `factor`, plus noise."""
+
+    def distributions(*_):
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            for _ in range(8):
+                logits = 3 * torch.randn(500, 64)
+                wrong = logits / factor + noise * torch.randn(500, 64)
+                wrong = wrong if draft.draft_vocab_ids is None else wrong[:, draft.draft_vocab_ids]
+                yield logits.softmax(-1), wrong.log_softmax(-1)
+
+    monkeypatch.setattr(coupling, "_distributions", distributions)
+    return fit_coupling(draft, None, torch.zeros(1, 8), torch.ones(1, 8, dtype=torch.bool))
+
+
+def test_a_draft_that_is_the_target_is_trusted(llama, monkeypatch):
+    draft = fresh_draft(llama)
+    fitted = given(monkeypatch, draft, factor=1.0)
+    assert fitted["sharpness"] == 1.0 and fitted["kappa"] == max(coupling.KAPPA) and fitted["hit"] == 1.0
+    assert fitted["hit_uncoupled"] < 0.9 and fitted["positions"] == 4000
+
+
+def test_a_flat_draft_is_sharpened(llama, monkeypatch):
+    draft = fresh_draft(llama)
+    fitted = given(monkeypatch, draft, factor=2.0)
+    assert fitted["sharpness"] == 2.0 and fitted["hit"] == 1.0 > fitted["hit_before"]
+    assert draft.config.coupling_sharpness == 2.0 and draft.config.coupling_kappa == fitted["kappa"]
+
+
+def test_an_unreliable_draft_is_believed_less(llama, monkeypatch):
+    kappas = [given(monkeypatch, fresh_draft(llama), 1.0, noise)["kappa"] for noise in (0.5, 2.0)]
+    assert max(coupling.KAPPA) > kappas[0] > kappas[1]
+
+
+def test_a_token_that_is_not_drafted_is_a_miss(llama, monkeypatch):
+    draft = fresh_draft(llama, draft_vocab_size=16)
+    fitted = given(monkeypatch, draft, factor=1.0)
+    assert fitted["sharpness"] == 1.0 and 0.1 < fitted["hit"] < 0.4
+
+
+@pytest.mark.parametrize("drafted", [None, 32])
+def test_the_distributions_are_those_that_decoding_sees(llama, drafted):
+    """Position by position against plain forwards: p of the target, and q of the draft on its true features."""
+    draft = fresh_draft(llama, draft_vocab_size=drafted)
+    rows = torch.randint(3, 64, (3, 20), generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros_like(rows, dtype=torch.bool)
+    masks[0, 5:9] = masks[2, 12:] = True
+    seen = list(coupling._distributions(draft, llama, rows, masks, stride=1))
+    assert [len(p) for p, _ in seen] == [4, 8]
+    for row, positions, (p, q) in zip((0, 2), (range(5, 9), range(12, 20)), seen, strict=True):
+        hidden = llama.model(rows[row : row + 1]).last_hidden_state
+        out = draft(llama.get_input_embeddings()(rows[row : row + 1, 1:]), hidden[:, :-1])
+        for i, position in enumerate(positions):
+            truth = llama(rows[row : row + 1, :position]).logits[0, -1].softmax(-1)
+            torch.testing.assert_close(p[i], truth)
+            logits = llama.lm_head(out.logit_features[0, position - 2])
+            logits = logits if drafted is None else logits[draft.draft_vocab_ids]
+            torch.testing.assert_close(q[i], logits.log_softmax(-1))
+
+
+def test_nothing_to_fit_on(llama):
+    with pytest.raises(ValueError, match="without a token"):
+        fit_coupling(fresh_draft(llama), llama, torch.ones(2, 9).long(), torch.zeros(2, 9, dtype=torch.bool))
+
+
+def test_the_command_rewrites_the_config_alone(llama, tokenizer, tmp_path, capsys):
+    target, folder = tmp_path / "target", tmp_path / "draft"
+    llama.save_pretrained(target), tokenizer.save_pretrained(target)
+    draft = fresh_draft(llama)
+    draft.save_pretrained(folder, tokenizer=tokenizer)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rows = np.tile(tokenizer("<u>what|<a>the answer to that is no.>|").input_ids, (4, 1)).astype(np.uint16)
+    np.save(tmp_path / "rows.npy", rows)
+    command = ["calibrate", "--target", str(target), "--draft", str(folder), "--data", str(tmp_path / "rows.npy")]
+    assert main(command) == 0
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert [name for name in before if before[name] != after[name]] in ([], ["config.json"])
+    config = json.loads(after["config.json"])
+    assert (config["coupling_sharpness"], config["coupling_kappa"]) != (1.0, 1.0)
+    assert {k: v for k, v in config.items() if "coupling" not in k} == {
+        k: v for k, v in json.loads(before["config.json"]).items() if "coupling" not in k
+    }
+    assert FSPADConfig.from_pretrained(folder).architectures == ["FSPADDraftModel", "AutoModelForCausalLM"]
+    assert main([*command[:-1], str(tmp_path / "none.npy")]) == 2
+    assert "none.npy" in capsys.readouterr().err
