@@ -5,9 +5,15 @@ ABOUT = "fit coupled drafting (coupling_sharpness, coupling_kappa) to held-out t
 
 def add_arguments(parser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--data", required=True, nargs="+", metavar="NPY", help="token ids [rows, length], or folders")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="NPY",
+        help="text that the target wrote at T = 1: token ids [rows, length]",
+    )
     parser.add_argument("--rows", type=int, default=48, metavar="N", help="use the last N rows (default: 48)")
-    parser.add_argument("--positions", type=int, default=4096, metavar="N", help="draw at N tokens (default: 4096)")
+    parser.add_argument("--positions", type=int, default=2048, metavar="N", help="draw at N tokens (default: 2048)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the draws (default: 0)")
 
 

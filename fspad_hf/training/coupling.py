@@ -18,7 +18,7 @@ from ..generation.target import Target
 from ..modeling_fspad import FSPADDraftModel
 
 SHARPNESS = (0.8, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
-KAPPA = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0, 5.0, 10.0)
+KAPPA = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.3, 2.0, 4.0)
 
 
 @torch.no_grad()
@@ -27,14 +27,15 @@ def fit_coupling(
     target: PreTrainedModel,
     rows: torch.LongTensor,
     masks: torch.BoolTensor,
-    positions: int = 4096,
+    positions: int = 2048,
     seed: int = 0,
 ) -> dict[str, float]:
     """
     Sets `draft.config.coupling_sharpness` and `coupling_kappa` to the values under which draws at T = 1 are likeliest.
 
     Args:
-        rows (`[rows, length]`), masks (`[rows, length]`): held-out text, and True on the assistant's tokens.
+        rows (`[rows, length]`), masks (`[rows, length]`): held-out text that the target wrote at T = 1 (a colder text
+            asks for less sharpness), and True on the assistant's tokens.
         positions: draw at about so many of those tokens, evenly spread.
 
     Returns:

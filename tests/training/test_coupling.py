@@ -43,7 +43,7 @@ def test_a_flat_draft_is_sharpened(llama, monkeypatch):
 
 
 def test_an_unreliable_draft_is_believed_less(llama, monkeypatch):
-    kappas = [given(monkeypatch, fresh_draft(llama), 1.0, noise)["kappa"] for noise in (0.5, 2.0)]
+    kappas = [given(monkeypatch, fresh_draft(llama), 1.0, noise)["kappa"] for noise in (1.0, 3.0)]
     assert max(coupling.KAPPA) > kappas[0] > kappas[1]
 
 
