@@ -4,8 +4,14 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("demo", "train", "calibrate", "acceptance")  # modules of fspad_hf.commands, in the order of --help
-EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train"}
+COMMANDS = (
+    "demo",
+    "bench",
+    "train",
+    "calibrate",
+    "acceptance",
+)  # modules of fspad_hf.commands, in the order of --help
+EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "matplotlib": "bench"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -49,9 +49,7 @@ def load_models(
         ValueError, OSError: an argument is wrong, or a model cannot be had.
     """
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
-    trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes}
-    if cpu_tree and place.type == "cpu" and all(value is None for value in trees.values()):
-        trees = CPU_TREE
+    trees = _tree_changes(place, tree_depth, tree_top_k, tree_nodes) if cpu_tree else {}
     with quiet_transformers():
         draft_name = draft or str(released_draft())
         config = draft_config(draft_name, trees)
@@ -66,6 +64,22 @@ def load_models(
                 target_name=target_name,
                 draft_name=draft_name,
             )
+
+
+def load_draft(draft: str, beside: Models, **trees: int | None) -> FSPADDraftModel:
+    """Another draft for the target of `beside`; `trees` as [`load_models`] takes them."""
+    target = beside.target
+    changes = _tree_changes(target.device, **trees)
+    with quiet_transformers():
+        made = FSPADDraftModel.from_pretrained(draft, config=draft_config(draft, changes), dtype=target.dtype)
+    return made.to(target.device).eval()
+
+
+def _tree_changes(
+    place, tree_depth: int | None = None, tree_top_k: int | None = None, tree_nodes: int | None = None
+) -> dict[str, int | None]:
+    given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes}
+    return CPU_TREE if place.type == "cpu" and all(value is None for value in given.values()) else given
 
 
 def draft_config(draft: str, changes: dict[str, int | None] | None = None) -> FSPADConfig:

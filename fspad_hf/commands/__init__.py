@@ -5,13 +5,19 @@ done and 1 for a failure found. A module imports what it needs when it runs, so 
 """
 
 
-def add_model_arguments(parser):
+def add_model_arguments(parser, several_drafts: bool = False):
     """`--target`, `--draft`, `--device` and `--dtype`, as [`fspad_hf.loading.load_models`] takes them."""
     models = parser.add_argument_group("models")
     models.add_argument(
         "--target", metavar="PATH_OR_HUB_ID", help="default: the one that the draft names; SmolLM2-135M from PyPI"
     )
-    models.add_argument("--draft", metavar="PATH_OR_HUB_ID", help="default: the released draft of SmolLM2-135M")
+    if several_drafts:
+        models.add_argument(
+            "--draft", dest="drafts", action="append", metavar="[NAME=]PATH_OR_HUB_ID",
+            help="may be repeated; default: the released draft of SmolLM2-135M",
+        )  # fmt: skip
+    else:
+        models.add_argument("--draft", metavar="PATH_OR_HUB_ID", help="default: the released draft of SmolLM2-135M")
     models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
     models.add_argument("--dtype", help="float32, bfloat16, ... (default: float32 on the CPU, else bfloat16)")
 

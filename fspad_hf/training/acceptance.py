@@ -197,10 +197,10 @@ def run_acceptance(
     from rich.progress import MofNCompleteColumn, Progress
     from rich.table import Table
 
-    from ..evaluation.spec_bench import load_questions
+    from ..evaluation.spec_bench import read_questions
 
     json_file = writable_file(json_file) if json_file is not None else None
-    asked = [(task, turns[0]) for task, found in load_questions(questions, per_task).items() for turns in found]
+    asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
     models = load_models(target, draft, device, dtype, cpu_tree=False)
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
     with quiet_transformers(), bar:

@@ -1,9 +1,6 @@
-import json
-
 import pytest
 import torch
 
-from fspad_hf.evaluation.spec_bench import TASKS, load_questions
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
 
 from ..conftest import fresh_draft
@@ -48,20 +45,3 @@ def test_batched_continuations_are_what_plain_generate_makes(llama):
             assert made[number].tolist() == truth.tolist()
         lengths = {made[number].shape[1] - prompts[number].shape[1] for number in made}
         assert not sampled or min(lengths) < 30  # some end with EOS
-
-
-def test_questions(tmp_path):
-    path = tmp_path / "q.jsonl"
-    lines = [{"category": c, "turns": [f"{c} {i}", "more"]} for i in range(4) for c in ("writing", "qa", "rag")]
-    path.write_text("\n".join(json.dumps(line) for line in lines))
-    questions = load_questions(path, per_task=2)
-    assert questions == {
-        "mt_bench": [["writing 0", "more"], ["writing 2", "more"]],
-        "qa": [["qa 0", "more"], ["qa 2", "more"]],
-        "rag": [["rag 0", "more"], ["rag 2", "more"]],
-    }
-    assert set(questions) <= set(TASKS)
-    for bad in ('{"category": "cooking", "turns": ["x"]}', '{"turns": ["x"]}', "{", '{"category": "qa", "turns": []}'):
-        path.write_text('{"category": "qa", "turns": ["x"]}\n' + bad)
-        with pytest.raises(ValueError, match="line 2"):
-            load_questions(path)

@@ -1,0 +1,246 @@
+"""A bench's results as a table in the terminal, and as report.md with plots."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from ..runtime import write_file
+from .summary import acceptance_by_depth
+
+INK = "#6e7781"  # reads on white and on black
+COLOURS = ("#8b949e", "#bf8700", "#8250df", "#2da44e", "#0969da", "#cf222e", "#1b7c83")
+MODE_TITLES = {"greedy": "T = 0", "sampled": "T = 1"}
+DEPTHS_SHOWN = 10
+
+
+def results_table(summary: dict, title: str = "") -> Table:
+    """One row a mode and method: tok/s, speed-up, tau, identical, and why it failed if it did."""
+    table = Table(box=box.SIMPLE, title=title or None)
+    table.add_column("")
+    table.add_column("method")
+    for name in ("tok/s", "speed-up", "95 %", "tau", "identical"):
+        table.add_column(name, justify="right")
+    for mode, methods in summary.items():
+        for i, (name, result) in enumerate(methods.items()):
+            lossless = result["lossless"]
+            same = f"{lossless['same']}/{lossless['compared']}" if lossless["compared"] else "-"
+            style = "bold red" if lossless["same"] < lossless["compared"] else ""
+            cells = _cells(result["mean"]) if result["mean"] else (_short(result["errors"]), "", "", "")
+            table.add_row(MODE_TITLES[mode] if i == 0 else "", Text(name), *cells, Text(same, style))
+        table.add_section()
+    return table
+
+
+def write_report(folder: Path, results: dict) -> None:
+    """
+    Writes report.md, and its plots as SVG beside it.
+
+    Args:
+        results: as results.json holds them: config, machine, summary.
+    """
+    summary, plots = results["summary"], {}
+    for mode in summary:
+        for name, draw in _PLOTS.items():
+            figure = draw(summary[mode])
+            if figure is not None:
+                plots[mode, name] = f"{name}-{mode}.svg"
+                _save(figure, folder / plots[mode, name], f"{name} {MODE_TITLES[mode]}")
+    write_file(folder / "report.md", "\n".join(_markdown(results, plots)) + "\n")
+
+
+def headline(results: dict) -> list[str]:
+    """The one table that a README shows: every mode and method, over all tasks."""
+    lines = ["| | method | tok/s | speed-up (95 %) | tau | identical |", "|---|---|---|---|---|---|"]
+    for mode, methods in results["summary"].items():
+        for name, result in methods.items():
+            lossless = result["lossless"]
+            same = f"{lossless['same']}/{lossless['compared']}" if lossless["compared"] else "-"
+            speed, speedup, spread, tau = _cells(result["mean"]) if result["mean"] else ("failed", "", "", "")
+            spread = f" ({spread})" if spread not in ("", "-") else ""
+            lines.append(f"| {MODE_TITLES[mode]} | {name} | {speed} | {speedup}{spread} | {tau} | {same} |")
+    return lines
+
+
+def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
+    config, machine, summary = results["config"], results["machine"], results["summary"]
+    lines = [f"# {results['title']}", "", results["verdict"], "", *headline(results), ""]
+    lines += [
+        "tok/s counts new tokens over the whole call, prefill included. tau is tokens after the first / forwards after "
+        "the prefill. Figures of a task are sums over its prompts, the table's are means over the tasks; intervals by "
+        f"bootstrap over prompts. T = 1 is temperature 1, top_k 0, top_p 1. {results['questions']} questions of "
+        f"{config['source']}, {config['max_new_tokens']} new tokens each turn, seed {config['seed']}, "
+        f"{config['dtype']}, methods interleaved prompt by prompt.",
+        "",
+        "Machine: " + ", ".join(f"{name} {value}" for name, value in machine.items()) + ".",
+        "",
+    ]
+    lines += [f"Trees (depth, top-k, nodes): {config['trees']}.", "", "```bash", results["command"], "```", ""]
+    for mode, methods in summary.items():
+        lines += [f"## {MODE_TITLES[mode]}", ""]
+        for what, title in (("speedup", "Speed-up"), ("tau", "tau")):
+            lines += _task_table(methods, what, title)
+        lines += [f"![{name}]({path})" for (at, name), path in plots.items() if at == mode] + [""]
+        failures = [(name, why) for name, result in methods.items() for why in result["errors"].items()]
+        lines += [f"- {name} failed on {count} prompts: {why}" for name, (why, count) in failures]
+        lines += [
+            f"- {name}: question {d['question']}, turn {d['turn']}: {d['divergence']}"
+            for name, result in methods.items()
+            for d in result["lossless"]["first_differences"]
+        ]
+        lines.append("")
+    return lines
+
+
+def _task_table(methods: dict, what: str, title: str) -> list[str]:
+    tasks = list(dict.fromkeys(task for result in methods.values() for task in result["tasks"]))
+    lines = [f"| {title} | " + " | ".join(tasks) + " | mean |", "|---|" + "---|" * (len(tasks) + 1)]
+    for name, result in methods.items():
+        if result["mean"]:
+            cells = [_value(result["tasks"].get(task, {}).get(what)) for task in tasks]
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | **{_value(result['mean'][what])}** |")
+    return [*lines, ""]
+
+
+def _cells(figures: dict) -> tuple[str, str, str, str]:
+    """tok/s, speed-up, its interval, tau."""
+    speedup = figures["speedup"]
+    spread = "-" if speedup["low"] is None else f"{speedup['low']:.2f} - {speedup['high']:.2f}"
+    return (
+        _value(figures["tokens_per_second"], 1),
+        f"{_value(speedup)}x",
+        spread,
+        _value(figures["tau"]),
+    )
+
+
+def _value(figure: dict | None, digits: int = 2) -> str:
+    return "-" if figure is None or figure["value"] is None else f"{figure['value']:.{digits}f}"
+
+
+def _short(errors: dict[str, int]) -> str:
+    return next(iter(errors), "no result")[:48]
+
+
+def _save(figure, path: Path, title: str) -> None:
+    import io
+
+    buffer = io.BytesIO()
+    figure.savefig(
+        buffer, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None, "Title": title}
+    )
+    write_file(path, buffer.getvalue())
+
+
+def _axes(ylabel: str, width: float = 8.0):
+    """A figure and axes that read on a light and on a dark page."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "fspad_hf"
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 3.2))
+    axes = figure.subplots()
+    axes.set_ylabel(ylabel, color=INK)
+    axes.tick_params(colors=INK)
+    for side, spine in axes.spines.items():
+        spine.set_color(INK)
+        spine.set_visible(side in ("left", "bottom"))
+    axes.yaxis.grid(True, color=INK, alpha=0.25)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _legend(axes, columns: int) -> None:
+    axes.legend(
+        frameon=False, labelcolor=INK, ncols=min(columns, 5), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9
+    )
+
+
+def _grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None, skip: Sequence[str] = ()):
+    """Bars of each task (and the mean) side by side, a colour a method, with intervals."""
+    shown = {name: result for name, result in methods.items() if result["mean"] and name not in skip}
+    if not shown:
+        return None
+    tasks = list(dict.fromkeys(task for result in shown.values() for task in result["tasks"]))
+    figure, axes = _axes(ylabel, width=1.6 + 1.1 * (len(tasks) + 1))
+    width = 0.8 / len(shown)
+    for i, (name, result) in enumerate(shown.items()):
+        figures = [result["tasks"].get(task, {}).get(what) for task in tasks] + [result["mean"][what]]
+        places = [x + (i - (len(shown) - 1) / 2) * width for x in range(len(tasks) + 1)]
+        drawn = [(x, f) for x, f in zip(places, figures, strict=True) if f and f["value"] is not None]
+        colour = COLOURS[list(methods).index(name) % len(COLOURS)]
+        axes.bar([x for x, _ in drawn], [f["value"] for _, f in drawn], width * 0.9, color=colour, label=name)
+        ranged = [(x, f) for x, f in drawn if f["low"] is not None]
+        errors = [[f["value"] - f["low"] for _, f in ranged], [f["high"] - f["value"] for _, f in ranged]]
+        if ranged:
+            axes.errorbar(
+                [x for x, _ in ranged], [f["value"] for _, f in ranged], yerr=errors, fmt="none", ecolor=INK, elinewidth=1
+            )  # fmt: skip
+    if baseline is not None:
+        axes.axhline(baseline, color=INK, linewidth=1, linestyle="--")
+    axes.set_xticks(range(len(tasks) + 1), [*(task.replace("_", "\n") for task in tasks), "mean"])
+    _legend(axes, len(shown))
+    return figure
+
+
+def _speculative(methods: dict) -> dict:
+    return {name: r for name, r in methods.items() if r["accepted_lengths"] and max(r["accepted_lengths"]) > 1}
+
+
+def _histogram(methods: dict):
+    shown = _speculative(methods)
+    if not shown:
+        return None
+    figure, axes = _axes("share of rounds")
+    width = 0.8 / len(shown)
+    for i, (name, result) in enumerate(shown.items()):
+        total = sum(result["accepted_lengths"].values())
+        shares = {n: c / total for n, c in result["accepted_lengths"].items() if n <= DEPTHS_SHOWN}
+        colour = COLOURS[list(methods).index(name) % len(COLOURS)]
+        places = [n + (i - (len(shown) - 1) / 2) * width for n in shares]
+        axes.bar(places, list(shares.values()), width * 0.9, color=colour, label=name)
+    axes.set_xlabel("tokens emitted in a round, the bonus token included", color=INK)
+    _legend(axes, len(shown))
+    return figure
+
+
+def _by_depth(methods: dict):
+    shown = _speculative(methods)
+    if not shown:
+        return None
+    figure, axes = _axes("rounds that got so deep")
+    for name, result in shown.items():
+        shares = acceptance_by_depth(result["accepted_lengths"])[:DEPTHS_SHOWN]
+        colour = COLOURS[list(methods).index(name) % len(COLOURS)]
+        axes.plot(range(1, len(shares) + 1), shares, marker="o", color=colour, label=name)
+    axes.set_ylim(0, 1)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("drafted tokens accepted, at least", color=INK)
+    _legend(axes, len(shown))
+    return figure
+
+
+def _time_split(methods: dict):
+    shown = {name: result["seconds"] for name, result in methods.items() if result["mean"]}
+    if not shown:
+        return None
+    figure, axes = _axes("seconds")
+    names = list(shown)
+    prefill, decode = ([shown[name][part] for name in names] for part in ("prefill", "decode"))
+    axes.bar(names, prefill, 0.6, color=COLOURS[1], label="prefill")
+    axes.bar(names, decode, 0.6, bottom=prefill, color=COLOURS[4], label="decoding")
+    _legend(axes, 2)
+    return figure
+
+
+_PLOTS = {
+    "speedup": lambda methods: _grouped_bars(methods, "speedup", "speed-up over plain", 1.0, skip=("plain",)),
+    "tau": lambda methods: _grouped_bars(_speculative(methods), "tau", "tau", None),
+    "accepted-lengths": _histogram,
+    "acceptance-by-depth": _by_depth,
+    "time": _time_split,
+}

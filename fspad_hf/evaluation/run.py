@@ -1,0 +1,180 @@
+"""`fspad-hf bench` from its command line to the report."""
+
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from ..loading import Models, draft_config, load_draft, load_models
+from ..runtime import is_exact, quiet_transformers, status, write_json
+from .bench import Bench, BenchConfig, RecordFile, describe_machine
+from .peers import MODES, load_assistant, make_methods
+from .report import results_table, write_report
+from .spec_bench import Question, published_questions, read_prompts, read_questions
+from .summary import summarise
+
+
+def run_bench(
+    output: str,
+    target: str | None = None,
+    drafts: Sequence[str] | None = None,
+    assistant: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    questions: str | None = None,
+    prompts: str | None = None,
+    tasks: Sequence[str] | None = None,
+    per_task: int | None = None,
+    turns: int | None = None,
+    modes: Sequence[str] = ("greedy", "sampled"),
+    methods: Sequence[str] = ("compile", "prompt-lookup", "fspad"),
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    tree_depth: int | None = None,
+    tree_top_k: int | None = None,
+    tree_nodes: int | None = None,
+    raw_prompts: bool = False,
+    console: Console | None = None,
+) -> dict:
+    """
+    Runs a bench, or goes on with one, and writes results.json, report.md and its plots to `output`.
+
+    Args:
+        target, device, dtype, tree_depth, tree_top_k, tree_nodes: see [`load_models`].
+        drafts: each a path or Hub id, or NAME=PATH_OR_HUB_ID to name it in tables; the first picks the target if there
+            is none. By default the released draft.
+        assistant: a model for stock assisted generation; adds that method.
+        questions: Spec-Bench's question.jsonl; by default the published one, downloaded once.
+        prompts: the user's own prompts instead, see [`read_prompts`].
+        tasks, per_task, turns: only these tasks, so many questions of each, so many turns of each.
+        raw_prompts: do without a chat template.
+
+    Returns:
+        What results.json holds: title, command, config, machine, questions, summary, verdict, exact, records.
+
+    Raises:
+        ValueError, OSError: an argument is wrong, or a model or a file cannot be had.
+    """
+    _check(modes, max_new_tokens, turns)
+    named = dict(_named(draft, i) for i, draft in enumerate(drafts or [""]))
+    asked = read_prompts(prompts) if prompts else read_questions(questions or published_questions(), per_task, tasks)
+    trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_nodes": tree_nodes}
+    for draft in named.values():
+        if draft:
+            draft_config(draft)
+    models = load_models(target, next(iter(named.values())) or None, device, dtype, **trees)
+    loaded = {name: models.draft if i == 0 else load_draft(path, models, **trees)
+              for i, (name, path) in enumerate(named.items())}  # fmt: skip
+    if not raw_prompts and not getattr(models.tokenizer, "chat_template", None):
+        raise ValueError(
+            f"The target {models.target_name!r} has no chat template: pass --raw-prompts to ask without one."
+        )
+    chosen = [*methods, *(["assistant"] if assistant and "assistant" not in methods else [])]
+    helper = load_assistant(assistant, models.target) if assistant else None
+    ways = make_methods(chosen, loaded, helper)
+    config = BenchConfig(
+        target=models.target_name, drafts={name: path or models.draft_name for name, path in named.items()},
+        assistant=assistant, source=Path(prompts).name if prompts else "spec-bench", tasks=tuple(tasks or ()),
+        per_task=per_task, turns=turns, modes=tuple(modes), methods=tuple(way.name for way in ways),
+        max_new_tokens=max_new_tokens, seed=seed, device=str(models.target.device),
+        dtype=str(models.target.dtype).removeprefix("torch."), threads=torch.get_num_threads(), raw_prompts=raw_prompts,
+        trees={name: [d.config.tree_depth, d.config.tree_top_k, d.config.tree_total_nodes]
+               for name, d in loaded.items()},
+    )  # fmt: skip
+    file = RecordFile(Path(output), config)
+    try:
+        _ask_all(asked, models, ways, config, file, console or Console())
+    finally:
+        results = _results(file, config, models)
+        if file.records:
+            write_json(Path(output) / "results.json", results)
+            write_report(Path(output), results)
+    (console or Console()).print(results_table(results["summary"], results["title"]), results["verdict"])
+    return results
+
+
+def _ask_all(asked: list[Question], models: Models, ways, config: BenchConfig, file: RecordFile, console: Console):
+    left = [question for question in asked if question.number not in file.done()]
+    if not left:
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    progress = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
+    bar = progress.add_task("questions", total=len(asked), completed=len(asked) - len(left))
+    running: list[dict] = []
+    with quiet_transformers(), Live(progress, console=console, auto_refresh=False, transient=True) as live:
+
+        def show(record: dict | None = None):
+            if record is not None:
+                running.append(record)
+            if console.is_terminal:
+                known = file.records + running
+                live.update(Group(results_table(summarise(known, resamples=20)), progress), refresh=True)
+
+        bench = Bench(models.target, models.tokenizer, ways, config, show)
+        with status("Warming up"):
+            bench.prepare(left)
+        for name, why in bench.broken.items():
+            console.print(f"{name} does not run here: {why}", style="yellow", highlight=False, markup=False)
+        for order, question in enumerate(left):
+            records = bench.ask(question, order)
+            running.clear()
+            file.add(records)
+            progress.advance(bar)
+            show()
+            if not console.is_terminal:
+                done = len(asked) - len(left) + order + 1
+                print(f"question {done} of {len(asked)}", file=sys.stderr, flush=True)
+
+
+def _results(file: RecordFile, config: BenchConfig, models: Models) -> dict:
+    from dataclasses import asdict
+
+    summary = summarise(file.records)
+    exact = is_exact(str(models.target.device.type), models.target.dtype)
+    return {
+        "title": f"{Path(config.target).name} on {config.source}",
+        "command": "fspad-hf " + shlex.join(sys.argv[1:]),
+        "config": asdict(config),
+        "machine": describe_machine(models.target.device),
+        "questions": len(file.done()),
+        "summary": summary,
+        "verdict": verdict(summary, list(config.drafts), exact),
+        "exact": exact,
+        "lossless": all(not methods[name]["lossless"]["first_differences"]
+                        for methods in summary.values() for name in config.drafts if name in methods),
+        "records": file.records,
+    }  # fmt: skip
+
+
+def verdict(summary: dict, names: Sequence[str], exact: bool) -> str:
+    """One line on whether FSPAD gave plain generate's tokens."""
+    counts = [methods[name]["lossless"] for methods in summary.values() for name in names if name in methods]
+    same, compared = sum(c["same"] for c in counts), sum(c["compared"] for c in counts)
+    line = f"FSPAD gave plain generate's tokens in {same} of {compared} answers"
+    if same == compared:
+        return f"{line}."
+    if exact:
+        return f"{line}: NOT LOSSLESS."
+    return f"{line}; the others part at near ties, as half precision does (see each first difference)."
+
+
+def _named(draft: str, index: int) -> tuple[str, str]:
+    name, separator, path = draft.partition("=")
+    if separator and name and path:
+        return name, path
+    return ("FSPAD" if index == 0 else f"FSPAD {index + 1}"), draft
+
+
+def _check(modes: Sequence[str], max_new_tokens: int, turns: int | None) -> None:
+    unknown = [mode for mode in modes if mode not in MODES]
+    if unknown or not modes:
+        raise ValueError(f"modes={list(modes)} must be some of {list(MODES)}.")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing to generate: expected 1 or more.")
+    if turns is not None and turns < 1:
+        raise ValueError(f"turns={turns} leaves nothing to ask: expected 1 or more.")
