@@ -4,13 +4,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = (
-    "demo",
-    "bench",
-    "train",
-    "calibrate",
-    "acceptance",
-)  # modules of fspad_hf.commands, in the order of --help
+COMMANDS = ("demo", "bench", "train", "calibrate", "acceptance")  # modules of fspad_hf.commands, as --help lists them
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "matplotlib": "bench"}
 
 

@@ -35,7 +35,7 @@ class Answer:
 
 
 class RoundTimer(BaseStreamer):
-    """Notes when the first token comes, and how many come at a time (plain decoding and stock assistance put rounds)."""
+    """Notes when the first token comes and how many come at a time: plain decoding and stock assistance put rounds."""
 
     def __init__(self):
         self.first: float | None = None

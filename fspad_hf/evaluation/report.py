@@ -68,9 +68,9 @@ def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
     config, machine, summary = results["config"], results["machine"], results["summary"]
     lines = [f"# {results['title']}", "", results["verdict"], "", *headline(results), ""]
     lines += [
-        "tok/s counts new tokens over the whole call, prefill included. tau is tokens after the first / forwards after "
-        "the prefill. Figures of a task are sums over its prompts, the table's are means over the tasks; intervals by "
-        f"bootstrap over prompts. T = 1 is temperature 1, top_k 0, top_p 1. {results['questions']} questions of "
+        "tok/s counts new tokens over the whole call, prefill included. tau is tokens after the first / forwards "
+        "after the prefill. Figures of a task are sums over its prompts, the table's are means over the tasks; "
+        f"intervals by bootstrap over prompts. T = 1 is temperature 1, top_k 0, top_p 1. {results['questions']} questions of "
         f"{config['source']}, {config['max_new_tokens']} new tokens each turn, seed {config['seed']}, "
         f"{config['dtype']}, methods interleaved prompt by prompt.",
         "",
@@ -177,9 +177,8 @@ def _grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None,
         ranged = [(x, f) for x, f in drawn if f["low"] is not None]
         errors = [[f["value"] - f["low"] for _, f in ranged], [f["high"] - f["value"] for _, f in ranged]]
         if ranged:
-            axes.errorbar(
-                [x for x, _ in ranged], [f["value"] for _, f in ranged], yerr=errors, fmt="none", ecolor=INK, elinewidth=1
-            )  # fmt: skip
+            middles = [x for x, _ in ranged], [f["value"] for _, f in ranged]
+            axes.errorbar(*middles, yerr=errors, fmt="none", ecolor=INK, elinewidth=1)
     if baseline is not None:
         axes.axhline(baseline, color=INK, linewidth=1, linestyle="--")
     axes.set_xticks(range(len(tasks) + 1), [*(task.replace("_", "\n") for task in tasks), "mean"])

@@ -82,7 +82,8 @@ def run_bench(
         assistant=assistant, source=Path(prompts).name if prompts else "spec-bench", tasks=tuple(tasks or ()),
         per_task=per_task, turns=turns, modes=tuple(modes), methods=tuple(way.name for way in ways),
         max_new_tokens=max_new_tokens, seed=seed, device=str(models.target.device),
-        dtype=str(models.target.dtype).removeprefix("torch."), threads=torch.get_num_threads(), raw_prompts=raw_prompts,
+        dtype=str(models.target.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
+        raw_prompts=raw_prompts,
         trees={name: [d.config.tree_depth, d.config.tree_top_k, d.config.tree_total_nodes]
                for name, d in loaded.items()},
     )  # fmt: skip

@@ -31,9 +31,10 @@ def summarise(records: Sequence[dict], resamples: int = RESAMPLES, seed: int = 0
     """
     The figures of each mode and method: `summary[mode][method]`, in the order in which they occur.
 
-    Each has `tasks` ({task: figures}), `mean` (over the tasks), `errors` (text: count), `lossless` ({"same", "compared",
-    "first_differences"}), `accepted_lengths` ({length: count}) and `seconds` ({"prefill", "decode"}). Figures are
-    `tokens_per_second`, `speedup` (against plain on the same prompts) and `tau`, each as [`Figure.as_dict`], and `prompts`.
+    Each has `tasks` ({task: figures}), `mean` (over the tasks), `errors` (text: count), `lossless` ({"same",
+    "compared", "first_differences"}), `accepted_lengths` ({length: count}) and `seconds` ({"prefill", "decode"}).
+    Figures are `tokens_per_second`, `speedup` (against plain on the same prompts) and `tau`, each as
+    [`Figure.as_dict`], and `prompts`.
 
     Args:
         records: as a bench writes them, one for each question, turn, mode and method.
@@ -87,7 +88,7 @@ def _figures(pairs: list[tuple[dict, dict]], resamples: int, seed: int) -> dict:
 
 
 def _sums_by_question(pairs: list[tuple[dict, dict]]) -> np.ndarray:
-    """Tokens, seconds, plain's tokens, plain's seconds, accepted tokens and rounds of each question, its turns added."""
+    """Tokens, seconds, plain's tokens and seconds, accepted tokens and rounds of each question, its turns added."""
     sums: dict[int, np.ndarray] = {}
     for record, plain in pairs:
         row = [record["new_tokens"], record["seconds"], plain["new_tokens"], plain["seconds"]]
