@@ -4,7 +4,14 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("demo", "train", "acceptance", "convert")  # modules of fspad_hf.commands, in the order of --help
+COMMANDS = (
+    "demo",
+    "train",
+    "acceptance",
+    "convert",
+    "chat",
+    "export-custom-generate",
+)  # modules of fspad_hf.commands, in the order of --help
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train"}
 
 
