@@ -104,11 +104,11 @@ def test_a_terminal_has_a_prompt_and_colours(say, capsys):
 
 
 def test_a_message_too_long_is_not_sent_and_the_conversation_goes_on(say, pair):
-    printed = say("x" * 300, "hello", greedy=True)
+    printed = say("x" * 249, "hello", greedy=True)
     (answer,) = expected(pair, [([], ["hello"])], do_sample=False)
     refusal, rest = printed.split("\n", 1)
     assert refusal == (
-        f"Not sent: with this message the conversation has 307 tokens, and the context of {pair['target']} holds 256 "
+        f"Not sent: with this message the conversation has 256 tokens, and the context of {pair['target']} holds 256 "
         "with the answer. /reset starts a new one."
     )
     assert RECORD.sub("#", rest) == f"{answer}\n#\n"

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import importlib.metadata
 
 import pytest
 import torch
@@ -32,6 +33,19 @@ class Collector(BaseStreamer):
 def modules_cache(tmp_path, monkeypatch):
     """transformers copies remote code to a folder of its own and imports it from there."""
     monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.fixture(autouse=True)
+def distribution(tmp_path_factory, monkeypatch):
+    """transformers checks the requirements by the installed distributions; a source tree on the path is none."""
+    try:
+        importlib.metadata.version("fspad_hf")
+    except importlib.metadata.PackageNotFoundError:
+        site = tmp_path_factory.mktemp("site")
+        metadata = site / f"fspad_hf-{fspad_hf.__version__}.dist-info" / "METADATA"
+        metadata.parent.mkdir()
+        metadata.write_text(f"Metadata-Version: 2.1\nName: fspad_hf\nVersion: {fspad_hf.__version__}\n")
+        monkeypatch.syspath_prepend(site)
 
 
 @pytest.fixture
