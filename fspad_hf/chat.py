@@ -1,0 +1,156 @@
+"""`fspad-hf chat`: a conversation in the terminal, streamed, with tau and the speed of each answer."""
+
+import sys
+import time
+
+import torch
+from rich.console import Console
+
+from .loading import Models, encode_chat, load_models
+from .runtime import quiet_transformers
+from .streaming import LEGEND, RunStreamer
+
+HELP = "/reset starts a new conversation, /exit ends (or Ctrl-D, Ctrl-C)."
+
+
+def run_chat(
+    target: str | None = None,
+    draft: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    greedy: bool = False,
+    seed: int | None = None,
+    system: str | None = None,
+    tree_depth: int | None = None,
+    tree_top_k: int | None = None,
+    tree_nodes: int | None = None,
+    console: Console | None = None,
+) -> None:
+    """
+    Reads messages from standard input, a line each, until its end, `/exit` or Ctrl-C, and streams the answers.
+
+    Where standard input or output is no terminal, the output is plain text without prompts or colours.
+
+    Args:
+        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes: see [`load_models`].
+        max_new_tokens: the most tokens of an answer; the target's context can leave fewer.
+        temperature, top_p, top_k: any of them turns sampling on; what is left out is as in the target's
+            generation_config, as is everything if all are.
+        greedy: no sampling.
+        seed: given to `torch.manual_seed` once, before the first answer.
+        system: the system message.
+
+    Raises:
+        ValueError, OSError: an argument is wrong, or a model cannot be had.
+    """
+    sampling = _checked_sampling(max_new_tokens, temperature, top_p, top_k, greedy)
+    interactive = sys.stdin.isatty() and (console or Console()).is_terminal
+    console = console or (Console() if interactive else Console(force_terminal=False, no_color=True))
+    try:
+        models = load_models(
+            target, draft, device, dtype, tree_depth=tree_depth, tree_top_k=tree_top_k, tree_nodes=tree_nodes
+        )
+        with quiet_transformers():
+            chat = _Chat(models, console, interactive, system, {"max_new_tokens": max_new_tokens, **sampling})
+            if seed is not None:
+                torch.manual_seed(seed)
+            if interactive:
+                console.print(f"{HELP} {LEGEND}", highlight=False)
+            while chat.turn():
+                pass
+    except KeyboardInterrupt:  # while loading, waiting or answering
+        console.out()
+
+
+def _checked_sampling(max_new_tokens, temperature, top_p, top_k, greedy) -> dict:
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing to generate: expected 1 or more.")
+    given = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    given = {name: value for name, value in given.items() if value is not None}
+    if greedy and given:
+        raise ValueError(f"greedy takes no {', '.join(given)}: leave out one or the other.")
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature} must be above 0 and finite; pass greedy (--greedy) for none.")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} must be above 0 and at most 1 (1: off).")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k={top_k} must be 0 (off) or more.")
+    return {"do_sample": False} if greedy else {"do_sample": True, **given} if given else {}
+
+
+class _Chat:
+    """The models, the conversation so far, and where it is shown."""
+
+    def __init__(self, models: Models, console: Console, interactive: bool, system: str | None, options: dict):
+        self.models, self.console, self.interactive, self.options = models, console, interactive, options
+        self.context = getattr(models.target.config.get_text_config(), "max_position_embeddings", None)
+        self.opening = [] if system is None else [{"role": "system", "content": system}]
+        self.messages = list(self.opening)
+        self._check_template()
+
+    def turn(self) -> bool:
+        """Reads a line and answers it; whether the conversation goes on."""
+        try:
+            line = input("> " if self.interactive else "").strip()
+        except EOFError:
+            if self.interactive:
+                self.console.out()
+            return False
+        if line == "/exit":
+            return False
+        if line == "/reset":
+            self.messages = list(self.opening)
+            self._say("A new conversation.")
+        elif line.startswith("/"):
+            self._say(f"Unknown command {line.split()[0]}: {HELP}")
+        elif line:
+            self._answer(line)
+        return True
+
+    def _answer(self, line: str) -> None:
+        asked = [*self.messages, {"role": "user", "content": line}]
+        inputs = encode_chat(self.models.tokenizer, asked, self.models.target.device)
+        length = inputs["input_ids"].shape[1]
+        room = self.options["max_new_tokens"] if self.context is None else self.context - length
+        if room < 1:
+            self._say(
+                f"Not sent: with this message the conversation has {length} tokens, and the context of "
+                f"{self.models.target_name} holds {self.context} with the answer. /reset starts a new one."
+            )
+            return
+        options = {**self.options, "max_new_tokens": min(room, self.options["max_new_tokens"])}
+        start = time.perf_counter()
+        output = self.models.target.generate(
+            **inputs, **options, assistant_model=self.models.draft, return_dict_in_generate=True,
+            streamer=RunStreamer(self.console, self.models.tokenizer, coloured=self.interactive),
+        )  # fmt: skip
+        elapsed = time.perf_counter() - start
+        tokens = output.sequences[0, length:]
+        answer = self.models.tokenizer.decode(tokens, skip_special_tokens=True)
+        self.messages = [*asked, {"role": "assistant", "content": answer}]
+        record = getattr(output, "speculation", None)
+        tau = f"{record.tau:.2f}" if record is not None and record.tau is not None else "-"
+        self._say(f"[tau {tau}, {len(tokens) / elapsed:.1f} tok/s, {len(tokens)} tokens]")
+        if len(tokens) == room < self.options["max_new_tokens"]:
+            self._say(f"The context of {self.models.target_name} ({self.context} tokens) is full: /reset.")
+
+    def _check_template(self) -> None:
+        tokenizer, name = self.models.tokenizer, self.models.target_name
+        if getattr(tokenizer, "chat_template", None) is None:
+            if self.opening:
+                raise ValueError(f"{name!r} has no chat template, so it takes no system message: leave system out.")
+            self._say(f"{name} has no chat template: each message stands alone.")
+            return
+        try:
+            encode_chat(tokenizer, [*self.opening, {"role": "user", "content": "?"}])
+        except Exception as error:  # jinja2's, of any kind that a template raises
+            raise ValueError(
+                f"The chat template of {name!r} refuses a conversation with this opening: {error}"
+            ) from error
+
+    def _say(self, text: str) -> None:
+        self.console.out(text, style="yellow" if self.interactive else None, highlight=False)

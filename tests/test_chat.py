@@ -1,0 +1,181 @@
+"""The chat, fed through a pipe: its answers are those of plain `generate` on the same conversation."""
+
+import io
+import re
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fspad_hf import cli
+from fspad_hf.chat import run_chat
+from fspad_hf.loading import encode_chat
+
+from . import tiny
+from .conftest import fresh_draft
+
+RECORD = re.compile(r"\[tau (\d\.\d\d), \d+\.\d tok/s, (\d+) tokens\]")
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, tokenizer):
+    folder, model = tmp_path_factory.mktemp("pair"), tiny.build("llama")
+    model.generation_config.eos_token_id = None  # answers of known length
+    for name, part in (("target", model), ("draft", fresh_draft(model, tree_total_nodes=6, tree_top_k=3))):
+        part.save_pretrained(folder / name, **({"tokenizer": tokenizer} if name == "draft" else {}))
+        tokenizer.save_pretrained(folder / name)
+    return {"target": str(folder / "target"), "draft": str(folder / "draft")}
+
+
+@pytest.fixture
+def say(monkeypatch, pair):
+    """`say("line", ..., option=...)`: what the chat prints for these lines."""
+
+    def run(*lines, terminal=False, **options):
+        stdin = io.StringIO("".join(f"{line}\n" for line in lines))
+        stdin.isatty = lambda: terminal
+        monkeypatch.setattr("sys.stdin", stdin)
+        console = Console(
+            file=io.StringIO(), width=200, force_terminal=terminal, color_system="standard" if terminal else None
+        )
+        run_chat(**{**pair, "device": "cpu", "max_new_tokens": 12, "console": console, **options})
+        return console.file.getvalue()
+
+    return run
+
+
+def expected(pair, conversations, seed=0, **kwargs):
+    """The answers of plain `generate`: each conversation is a list of the user's messages."""
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(pair["target"]),
+        AutoTokenizer.from_pretrained(pair["target"]),
+    )
+    torch.manual_seed(seed)
+    answers = []
+    for opening, messages in conversations:
+        history = list(opening)
+        for message in messages:
+            history.append({"role": "user", "content": message})
+            inputs = encode_chat(tokenizer, history)
+            output = model.generate(**inputs, **{"max_new_tokens": 12, **kwargs})[0, inputs["input_ids"].shape[1] :]
+            answers.append(tokenizer.decode(output, skip_special_tokens=True))
+            history.append({"role": "assistant", "content": answers[-1]})
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("options", "kwargs"),
+    [
+        ({"greedy": True}, {"do_sample": False}),
+        ({}, {}),  # the target's generation_config, which is greedy
+        ({"temperature": 0.8}, {"do_sample": True, "temperature": 0.8}),
+        (
+            {"top_p": 0.7, "top_k": 0, "temperature": 1.5},
+            {"do_sample": True, "top_p": 0.7, "top_k": 0, "temperature": 1.5},
+        ),
+    ],
+    ids=["greedy", "default", "temperature", "top-p"],
+)
+def test_answers_are_those_of_plain_generate(say, pair, options, kwargs):
+    printed = say("hello", "", "and you?", "/reset", "hello", "/exit", "never", seed=4, system="be nice", **options)
+    opening = [{"role": "system", "content": "be nice"}]
+    answers = expected(pair, [(opening, ["hello", "and you?"]), (opening, ["hello"])], seed=4, **kwargs)
+    shown = RECORD.sub("#", printed)
+    assert shown == f"{answers[0]}\n#\n{answers[1]}\n#\nA new conversation.\n{answers[2]}\n#\n"
+    assert [(float(tau) >= 1, count) for tau, count in RECORD.findall(printed)] == [(True, "12")] * 3
+
+
+def test_the_command_on_a_pipe_is_plain_text(monkeypatch, pair, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/frobnicate now\nagain"))  # ends without a newline
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    arguments = ["chat", "--target", pair["target"], "--draft", pair["draft"], "--max-new-tokens", "5", "--greedy"]
+    assert cli.main([*arguments, "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out and ">" not in out and len(RECORD.findall(out)) == 2
+    assert out.count("Unknown command /frobnicate: /reset starts") == 1
+
+
+def test_a_terminal_has_a_prompt_and_colours(say, capsys):
+    printed = say("hello", terminal=True)
+    assert capsys.readouterr().out == "> > "  # by input(), which edits lines
+    assert "\x1b[33m[tau" in printed and "/reset starts a new conversation" in printed
+
+
+def test_a_message_too_long_is_not_sent_and_the_conversation_goes_on(say, pair):
+    printed = say("x" * 249, "hello", greedy=True)
+    (answer,) = expected(pair, [([], ["hello"])], do_sample=False)
+    refusal, rest = printed.split("\n", 1)
+    assert refusal == (
+        f"Not sent: with this message the conversation has 256 tokens, and the context of {pair['target']} holds 256 "
+        "with the answer. /reset starts a new one."
+    )
+    assert RECORD.sub("#", rest) == f"{answer}\n#\n"
+
+
+def test_an_answer_ends_where_the_context_does(say, pair):
+    printed = say("x" * 200, "y", max_new_tokens=100, greedy=True)
+    assert [count for _, count in RECORD.findall(printed)] == ["49"]  # 200 and 7 of the template, of 256
+    assert f"The context of {pair['target']} (256 tokens) is full: /reset." in printed
+    assert printed.splitlines()[-1].startswith("Not sent: with this message the conversation has 26")
+
+
+@pytest.mark.parametrize("during", ["answer", "input", "loading"])
+def test_ctrl_c_ends_it_cleanly(monkeypatch, say, during):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    names = {
+        "answer": "fspad_hf.streaming.RunStreamer.on_round",
+        "input": "builtins.input",
+        "loading": "fspad_hf.chat.load_models",
+    }
+    monkeypatch.setattr(names[during], interrupt)
+    assert say("a", "b", greedy=True).count("tau") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"greedy": True, "top_p": 0.5, "temperature": 1.0}, "greedy takes no temperature, top_p"),
+        ({"temperature": 0.0}, "temperature=0.0 must be above 0.*--greedy"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_k": -1}, "top_k=-1"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(monkeypatch, say, options, words):
+    monkeypatch.setattr("fspad_hf.chat.load_models", lambda *a, **k: pytest.fail("loads"))
+    with pytest.raises(ValueError, match=words):
+        say(**options)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "outcome"),
+    [
+        (None, None, "has no chat template: each message stands alone."),
+        (None, "be nice", ValueError("has no chat template, so it takes no system message")),
+        (
+            NO_SYSTEM + tiny.CHAT_TEMPLATE,
+            "be nice",
+            ValueError("refuses a conversation with this opening: no system role"),
+        ),
+    ],
+)
+def test_templates(monkeypatch, say, template, system, outcome):
+    def load(*args, **kwargs):
+        found = from_pretrained(*args, **kwargs)
+        found.chat_template = template
+        return found
+
+    from_pretrained = AutoTokenizer.from_pretrained
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", load)
+    if isinstance(outcome, str):
+        printed = say("hello", "there", greedy=True, system=system)
+        assert outcome in printed and len(RECORD.findall(printed)) == 2
+    else:
+        with pytest.raises(ValueError, match=str(outcome)):
+            say("hello", system=system)
