@@ -7,16 +7,6 @@ import sys
 # modules of fspad_hf.commands, as --help lists them
 COMMANDS = ("demo", "chat", "bench", "train", "calibrate", "acceptance", "convert", "export-custom-generate")
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "matplotlib": "bench"}
-=======
-COMMANDS = (
-    "demo",
-    "train",
-    "acceptance",
-    "convert",
-    "chat",
-    "export-custom-generate",
-)  # modules of fspad_hf.commands, in the order of --help
-EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train"}
 
 
 def main(argv: list[str] | None = None) -> int:
