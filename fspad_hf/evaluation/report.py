@@ -70,9 +70,9 @@ def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
     lines += [
         "tok/s counts new tokens over the whole call, prefill included. tau is tokens after the first / forwards "
         "after the prefill. Figures of a task are sums over its prompts, the table's are means over the tasks; "
-        f"intervals by bootstrap over prompts. T = 1 is temperature 1, top_k 0, top_p 1. "
-        f"{results['questions']} questions of {config['source']}, {config['max_new_tokens']} new tokens each turn, seed {config['seed']}, "
-        f"{config['dtype']}, methods interleaved prompt by prompt.",
+        "intervals by bootstrap over prompts. T = 1 is temperature 1, top_k 0, top_p 1. Methods are interleaved "
+        f"prompt by prompt. {results['questions']} questions of {config['source']}, {config['max_new_tokens']} new "
+        f"tokens a turn, seed {config['seed']}, {config['dtype']}.",
         "",
         "Machine: " + ", ".join(f"{name} {value}" for name, value in machine.items()) + ".",
         "",
