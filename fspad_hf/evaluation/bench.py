@@ -110,7 +110,7 @@ class Bench:
             try:
                 method.prepare(self.target, length)
                 for mode in self.config.modes:
-                    method.answer(self.target, inputs, mode, tokens, seed=0)
+                    method.answer(self.target, inputs, mode, tokens, self.config.seed)
             except Exception as error:
                 self.broken[method.name] = _reason(error)
 

@@ -1,6 +1,6 @@
 """A bench's results as a table in the terminal, and as report.md with plots."""
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
 
 from rich import box
@@ -144,6 +144,7 @@ def _axes(ylabel: str, width: float = 8.0):
 
     figure = Figure(figsize=(width, 3.2))
     axes = figure.subplots()
+    axes.set_facecolor("none")
     axes.set_ylabel(ylabel, color=INK)
     axes.tick_params(colors=INK)
     for side, spine in axes.spines.items():
@@ -160,7 +161,7 @@ def _legend(axes, columns: int) -> None:
     )
 
 
-def _grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None, skip: Sequence[str] = ()):
+def _grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None, skip: Collection[str] = ()):
     """Bars of each task (and the mean) side by side, a colour a method, with intervals."""
     shown = {name: result for name, result in methods.items() if result["mean"] and name not in skip}
     if not shown:
@@ -238,7 +239,7 @@ def _time_split(methods: dict):
 
 _PLOTS = {
     "speedup": lambda methods: _grouped_bars(methods, "speedup", "speed-up over plain", 1.0, skip=("plain",)),
-    "tau": lambda methods: _grouped_bars(_speculative(methods), "tau", "tau", None),
+    "tau": lambda methods: _grouped_bars(methods, "tau", "tau", None, skip=methods.keys() - _speculative(methods)),
     "accepted-lengths": _histogram,
     "acceptance-by-depth": _by_depth,
     "time": _time_split,

@@ -146,8 +146,8 @@ def _results(file: RecordFile, config: BenchConfig, models: Models) -> dict:
         "summary": summary,
         "verdict": verdict(summary, list(config.drafts), exact),
         "exact": exact,
-        "lossless": all(not methods[name]["lossless"]["first_differences"]
-                        for methods in summary.values() for name in config.drafts if name in methods),
+        "lossless": all(0 < lossless["same"] == lossless["compared"] for lossless in (
+            methods[name]["lossless"] for methods in summary.values() for name in config.drafts if name in methods)),
         "records": file.records,
     }  # fmt: skip
 
@@ -156,6 +156,8 @@ def verdict(summary: dict, names: Sequence[str], exact: bool) -> str:
     """One line on whether FSPAD gave plain generate's tokens."""
     counts = [methods[name]["lossless"] for methods in summary.values() for name in names if name in methods]
     same, compared = sum(c["same"] for c in counts), sum(c["compared"] for c in counts)
+    if not compared:
+        return "No answer of FSPAD's was compared with plain generate's."
     line = f"FSPAD gave plain generate's tokens in {same} of {compared} answers"
     if same == compared:
         return f"{line}."

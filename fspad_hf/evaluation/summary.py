@@ -16,7 +16,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Figure:
-    """A value and its 95 % confidence interval (bootstrap over prompts); NaN bounds with a single prompt."""
+    """A value and its 95 % confidence interval (bootstrap over prompts); NaN where there is none."""
 
     value: float
     low: float
@@ -47,7 +47,7 @@ def summarise(records: Sequence[dict], resamples: int = RESAMPLES, seed: int = 0
             reference = {_key(r): r for r in of_mode if r["method"] == REFERENCE and not r["error"]}
             pairs = [(r, reference[_key(r)]) for r in mine if not r["error"] and _key(r) in reference]
             summary.setdefault(mode, {})[method] = {
-                **_figures(pairs, resamples, seed),
+                **_figures(pairs, 0 if method == REFERENCE else resamples, seed),
                 "errors": dict(Counter(record["error"] for record in mine if record["error"])),
                 "lossless": _losslessness(mine),
                 "accepted_lengths": _histogram(mine),
@@ -77,14 +77,15 @@ def _figures(pairs: list[tuple[dict, dict]], resamples: int, seed: int) -> dict:
         sums = _sums_by_question([pair for pair in pairs if pair[0]["task"] == task])  # [questions, 6]
         picks = random.integers(0, len(sums), (resamples, len(sums)))
         totals.append((sums.sum(0), sums[picks].sum(1)))
-        tasks[task] = {"prompts": len(sums), **_figure_set(*map(_ratios, totals[-1]), single=len(sums) == 1)}
+        known = resamples > 0 and len(sums) > 1
+        tasks[task] = {"prompts": len(sums), **_figure_set(*map(_ratios, totals[-1]), known)}
     if not tasks:
         return {"tasks": {}, "mean": None}
     value = np.mean([_ratios(total) for total, _ in totals], axis=0)
     spread = np.mean([_ratios(samples) for _, samples in totals], axis=0)
-    single = all(task["prompts"] == 1 for task in tasks.values())
+    known = resamples > 0 and any(task["prompts"] > 1 for task in tasks.values())
     prompts = sum(task["prompts"] for task in tasks.values())
-    return {"tasks": tasks, "mean": {"prompts": prompts, **_figure_set(value, spread, single)}}
+    return {"tasks": tasks, "mean": {"prompts": prompts, **_figure_set(value, spread, known)}}
 
 
 def _sums_by_question(pairs: list[tuple[dict, dict]]) -> np.ndarray:
@@ -105,8 +106,8 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
         return np.stack((speed, speed / (plain_tokens / plain_seconds), accepted / rounds), axis=-1)
 
 
-def _figure_set(value: np.ndarray, samples: np.ndarray, single: bool) -> dict[str, dict]:
-    low, high = np.full((2, 3), np.nan) if single else np.nanpercentile(samples, [2.5, 97.5], axis=0)
+def _figure_set(value: np.ndarray, samples: np.ndarray, known: bool) -> dict[str, dict]:
+    low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0) if known else np.full((2, 3), np.nan)
     names = ("tokens_per_second", "speedup", "tau")
     return {name: Figure(value[i], low[i], high[i]).as_dict() for i, name in enumerate(names)}
 

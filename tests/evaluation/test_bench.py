@@ -1,0 +1,194 @@
+import functools
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from transformers import CompileConfig
+
+from fspad_hf.cli import main
+from fspad_hf.evaluation import bench, peers
+from fspad_hf.evaluation.peers import Method
+
+from ..conftest import fresh_draft
+
+
+@pytest.fixture(scope="module")
+def models(llama, tokenizer, tmp_path_factory):
+    """A target, a draft and four questions on disk."""
+    root = tmp_path_factory.mktemp("bench")
+    llama.save_pretrained(root / "target"), tokenizer.save_pretrained(root / "target")
+    draft = fresh_draft(llama, tree_depth=3, tree_top_k=4, tree_total_nodes=12)
+    draft.save_pretrained(root / "draft", tokenizer=tokenizer)
+    questions = [{"category": "writing", "turns": ["one", "and two"]}, {"category": "stem", "turns": ["three", "x"]}]
+    questions += [{"category": c, "turns": [f"{c} what"]} for c in ("qa", "rag")]
+    (root / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    return root
+
+
+@pytest.fixture
+def run(models, tmp_path):
+    def call(*options, output="out", code=0):
+        paths = ["--target", models / "target", "--draft", models / "draft", "--questions", models / "questions.jsonl"]
+        command = ["bench", *paths, "--output", tmp_path / output, "--max-new-tokens", "12", *options]
+        assert main([str(part) for part in command]) == code
+        return tmp_path / output
+
+    return call
+
+
+def records(folder):
+    return json.loads((folder / "results.json").read_text())["records"]
+
+
+def test_every_method_turn_and_mode(run, models, capsys):
+    folder = run(
+        "--methods", "prompt-lookup", "fspad", "--assistant", models / "target", "--draft", f"two={models}/draft"
+    )
+    found = records(folder)
+    methods = ["plain", "prompt lookup", "assisted", "FSPAD", "two"]
+    assert [r["method"] for r in found[:5]] == methods and len(found) == 2 * 5 * (2 + 2 + 1 + 1)
+    for r in found:
+        assert r["error"] is None and 0 < r["prefill_seconds"] <= r["seconds"] and 1 <= r["new_tokens"] <= 12
+        assert sum(r["accepted_lengths"]) <= r["new_tokens"]
+        if r["method"] in ("plain", "FSPAD", "two"):
+            assert sum(r["accepted_lengths"]) == r["new_tokens"] - 1
+        lossless = r["method"] in ("FSPAD", "two") or (r["mode"] == "greedy" and r["method"] != "plain")
+        assert r["identical"] is (True if lossless else None)
+    assert {tuple(r["accepted_lengths"]) for r in found if r["method"] == "plain"} <= {(1,) * n for n in range(12)}
+    assert any(max(r["accepted_lengths"], default=0) > 1 for r in found if r["method"] == "assisted")
+    second = [r["prompt_tokens"] for r in found if r["question"] == 1 and r["turn"] == 1 and r["mode"] == "greedy"]
+    first = next(r for r in found if r["question"] == 1 and r["mode"] == "greedy")
+    assert set(second) == {second[0]} and second[0] > first["prompt_tokens"] + len("and two")
+    shown = capsys.readouterr().out
+    assert "FSPAD gave plain generate's tokens in 24 of 24 answers." in shown
+
+
+def test_the_report_and_its_plots(run, models):
+    folder = run("--methods", "prompt-lookup", "fspad")
+    text = (folder / "report.md").read_text()
+    plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
+    assert len(plots) == 10 and "| T = 1 | FSPAD |" in text and "Machine: device" in text
+    for plot in plots:
+        root = ElementTree.parse(folder / plot).getroot()
+        assert root.tag.endswith("svg") and "#ffffff" not in (folder / plot).read_text()  # no white card on black
+    results = json.loads((folder / "results.json").read_text())
+    assert results["config"]["trees"] == {"FSPAD": [3, 3, 8]} and results["questions"] == 4
+    assert not list(folder.glob(".*"))
+
+
+def test_an_interrupted_run_goes_on(run, monkeypatch):
+    asked = []
+    ask = bench.Bench.ask
+
+    def interrupted(self, question, order=0):
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        asked.append(question.number)
+        return ask(self, question, order)
+
+    monkeypatch.setattr(bench.Bench, "ask", interrupted)
+    folder = run("--modes", "greedy", "--methods", "fspad", code=130)
+    assert len({r["question"] for r in records(folder)}) == 2  # what there is, is reported
+    with (folder / "records.jsonl").open("a") as file:
+        file.write('[{"question": 4')  # cut off in the middle of a write
+    monkeypatch.setattr(bench.Bench, "ask", lambda self, q, order=0: asked.append(q.number) or ask(self, q, order))
+    run("--modes", "greedy", "--methods", "fspad")
+    assert sorted(asked) == [1, 2, 3, 4] and {r["question"] for r in records(folder)} == {1, 2, 3, 4}
+    run("--modes", "greedy", "--methods", "fspad")
+    assert len(asked) == 4  # all done: nothing is asked again
+
+
+def test_other_settings_are_not_mixed_in(run, capsys):
+    run("--modes", "greedy", "--methods", "fspad")
+    before = capsys.readouterr()
+    folder = run("--modes", "greedy", "--methods", "fspad", "--seed", "5", code=2)
+    assert "seed: 0, now 5" in capsys.readouterr().err and before and len(records(folder)) == 12
+
+
+def test_a_difference_fails_the_run(run, monkeypatch, capsys):
+    answer = Method.answer
+
+    def wrong(self, *arguments):
+        made = answer(self, *arguments)
+        if self.name == "FSPAD":
+            sequences = made.sequences.clone()
+            sequences[0, -1] += 1
+            made = peers.Answer(sequences, made.seconds, made.prefill_seconds, made.accepted_lengths)
+        return made
+
+    monkeypatch.setattr(Method, "answer", wrong)
+    folder = run("--modes", "greedy", "--methods", "fspad", "--turns", "1", code=1)
+    assert "0 of 4 answers: NOT LOSSLESS" in capsys.readouterr().out
+    divergences = [r["divergence"] for r in records(folder) if r["method"] == "FSPAD"]
+    assert len(divergences) == 4
+    assert all(d["other_token"] == d["plain_token"] + 1 and d["gap"] > 0 for d in divergences)
+
+
+def test_a_failing_method_is_a_row_that_says_why(run, monkeypatch, capsys):
+    answer = Method.answer
+
+    def fails(self, target, inputs, *rest):
+        if self.name == "prompt lookup":
+            raise RuntimeError("no such luck\nat all")
+        if self.name == "FSPAD" and inputs["input_ids"].shape[1] == length and rest[1] == 12:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return answer(self, target, inputs, *rest)
+
+    length = None
+    folder = run("--modes", "greedy", "--methods", "fspad", output="first")
+    length = next(r["prompt_tokens"] for r in records(folder) if r["task"] == "rag")
+    monkeypatch.setattr(Method, "answer", fails)
+    folder = run("--modes", "greedy", "--methods", "prompt-lookup", "fspad")
+    errors = {(r["method"], r["task"]): r["error"] for r in records(folder) if r["error"]}
+    assert errors.pop(("FSPAD", "rag")) == "OutOfMemoryError: CUDA out of memory"
+    assert set(errors.values()) == {"RuntimeError: no such luck"} and {method for method, _ in errors} == {
+        "prompt lookup"
+    }
+    assert "prompt lookup does not run here: RuntimeError: no such luck" in capsys.readouterr().out
+    assert "prompt lookup failed on" in (folder / "report.md").read_text()
+
+
+def test_static_cache_and_compile(run, monkeypatch):
+    monkeypatch.setattr(
+        peers, "CompileConfig", functools.partial(CompileConfig, backend="eager")
+    )  # seconds, not minutes
+    found = records(run("--modes", "greedy", "--methods", "compile", "--turns", "1"))
+    compiled = [r for r in found if r["method"] == "static+compile"]
+    assert len(compiled) == 4 and all(r["error"] is None and r["identical"] for r in compiled)
+
+
+def test_own_prompts_without_a_template(run, models, tmp_path, llama, tokenizer, capsys):
+    bare = type(tokenizer).from_pretrained(models / "target")
+    bare.chat_template = None
+    llama.save_pretrained(tmp_path / "bare"), bare.save_pretrained(tmp_path / "bare")
+    (tmp_path / "own.jsonl").write_text('{"prompt": "tell me"}\n')
+    options = [
+        "--modes",
+        "greedy",
+        "--methods",
+        "fspad",
+        "--prompts",
+        tmp_path / "own.jsonl",
+        "--target",
+        tmp_path / "bare",
+    ]
+    run(*options, code=2)
+    assert "has no chat template: pass --raw-prompts" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    found = records(run(*options, "--raw-prompts"))
+    assert {r["task"] for r in found} == {"prompts"} and found[0]["prompt_tokens"] == len("tell me")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--methods", "magic"], "methods=['magic']"), (["--methods", "assistant"], "--assistant"),
+        (["--modes", "warm"], "modes=['warm']"), (["--tasks", "cooking"], "cooking"), (["--turns", "0"], "turns=0"),
+        (["--max-new-tokens", "0"], "max_new_tokens=0"), (["--per-task", "0"], "per_task=0"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_refused_before_work(run, tmp_path, capsys, options, said):
+    run(*options, code=2)
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
