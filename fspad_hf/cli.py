@@ -5,7 +5,7 @@ import importlib
 import sys
 
 # modules of fspad_hf.commands, as --help lists them
-COMMANDS = ("demo", "chat", "bench", "train", "calibrate", "acceptance", "convert", "export-custom-generate")
+COMMANDS = ("demo", "chat", "verify", "bench", "train", "calibrate", "acceptance", "convert", "export-custom-generate")
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "matplotlib": "bench"}
 
 

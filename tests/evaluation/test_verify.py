@@ -1,0 +1,99 @@
+import json
+
+import pytest
+import torch
+
+from fspad_hf.cli import main
+from fspad_hf.evaluation import verify as module
+from fspad_hf.evaluation.divergence import Divergence
+from fspad_hf.evaluation.verify import verify
+from fspad_hf.generation.cache import ArenaCache
+from fspad_hf.generation.verification import NoiseQueue
+
+from .. import tiny
+from ..conftest import fresh_draft
+
+SHORT = {"prompts": ["tell me"], "seeds": [0, 1], "max_new_tokens": 16}
+
+
+@pytest.fixture(scope="module")
+def draft(llama):
+    return fresh_draft(llama, tree_depth=3, tree_top_k=4, tree_total_nodes=12)
+
+
+def test_the_battery_passes_and_speculates(llama, tokenizer, draft):
+    checks = verify(llama, tokenizer, draft, **SHORT)
+    assert len(checks) == 19 and all(check.passed and check.same == check.compared for check in checks)
+    assert all(check.speculated == check.compared and check.rounds for check in checks)
+    assert {check.compared for check in checks} == {1, 2}
+
+
+def test_a_long_prompt_passes_the_window(tokenizer, draft):
+    mistral = tiny.build("mistral")
+    assert module._long_length(mistral, 16) == mistral.config.sliding_window + 64
+    assert module._long_length(tiny.build("llama"), 16) == 64
+    checks = verify(mistral, tokenizer, fresh_draft(mistral), ["tell me"], [0], 16)
+    assert all(check.passed for check in checks)
+    inputs = {"input_ids": torch.arange(9)[None]}
+    longer = module._lengthened(inputs, 40)["input_ids"][0].tolist()
+    assert longer[:3] == [0, 1, 2] and longer[-3:] == [6, 7, 8] and 36 < len(longer) <= 40
+
+
+def test_a_broken_decoder_is_caught(llama, tokenizer, draft, monkeypatch):
+    """No compaction: the cache keeps the tree's first slots, whichever path was accepted."""
+    keep = ArenaCache.keep
+    monkeypatch.setattr(ArenaCache, "keep", lambda self, path: keep(self, list(range(len(path)))))
+    checks = verify(llama, tokenizer, draft, **SHORT)
+    assert sum(check.real for check in checks) > 3
+    bad = next(check for check in checks if check.real)
+    assert not bad.passed and bad.differences[0]["plain_token"] != bad.differences[0]["other_token"]
+
+
+def test_a_generator_left_elsewhere_is_caught(llama, tokenizer, draft, monkeypatch):
+    draw = NoiseQueue.draw
+
+    def extra(self, probabilities):
+        token = draw(self, probabilities)
+        self.at_end = getattr(self, "at_end", 0) + 1
+        if self.at_end == 16:
+            torch.rand(1)
+        return token
+
+    monkeypatch.setattr(NoiseQueue, "draw", extra)
+    checks = {check.name: check for check in verify(llama, tokenizer, draft, **SHORT)}
+    assert checks["greedy"].passed and not checks["T = 1.5"].passed
+    assert {"random_state": "differs"}.items() <= checks["T = 1.5"].differences[0].items()
+
+
+@pytest.mark.parametrize(("gap", "passed"), [(0.1, True), (0.9, False), (None, False)])
+def test_half_precision_forgives_near_ties_alone(llama, tokenizer, monkeypatch, gap, passed):
+    half = tiny.build("llama", dtype=torch.bfloat16)
+    monkeypatch.setattr(module, "first_divergence", lambda *_, **__: Divergence(3, 5, 6, gap, 1))
+    check = verify(half, tokenizer, fresh_draft(half), ["tell me"], [0], 4)[0]
+    assert check.passed is passed and check.near_ties == int(passed) and check.real == int(not passed)
+    check = verify(llama, tokenizer, fresh_draft(llama), ["tell me"], [0], 4)[0]
+    assert not check.passed  # never in float32
+
+
+def test_the_command(llama, tokenizer, draft, tmp_path, monkeypatch, capsys):
+    target, folder = tmp_path / "target", tmp_path / "draft"
+    (
+        llama.save_pretrained(target),
+        tokenizer.save_pretrained(target),
+        draft.save_pretrained(folder, tokenizer=tokenizer),
+    )
+    command = ["verify", "--target", str(target), "--draft", str(folder), "--prompt", "tell me", "--seeds", "1"]
+    command += ["--max-new-tokens", "8", "--json", str(tmp_path / "rows.json")]
+    assert main(command) == 0
+    assert "lossless in float32: 19 of 19 answers identical" in capsys.readouterr().out
+    assert all(row["passed"] for row in json.loads((tmp_path / "rows.json").read_text()))
+
+    def broken(*_, **__):
+        raise RuntimeError("lost\nin the woods")
+
+    monkeypatch.setattr(module, "first_divergence", broken)
+    assert main(command) == 1
+    shown = capsys.readouterr().out
+    assert "RuntimeError: lost" in shown and "NOT LOSSLESS" in shown
+    for bad in (["--seeds", "0"], ["--max-new-tokens", "1"], ["--prompt", " "]):
+        assert main([*command, *bad]) == 2
