@@ -1,6 +1,7 @@
 """FSPAD draft configuration."""
 
 import os
+import re
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -37,6 +38,8 @@ class FSPADConfig(PreTrainedConfig):
         coupling_kappa: the factor on a coupled child's score before it becomes a confidence.
         target_name_or_path: where the target came from (Hub id or path).
         target_model_type: the target's `model_type`.
+        weights_sha256: the sha256 of the weights saved with this configuration; `save_pretrained` sets it, and
+            `from_pretrained` refuses other weights. `None` checks nothing.
     """
 
     model_type = "fspad"
@@ -68,6 +71,7 @@ class FSPADConfig(PreTrainedConfig):
     coupling_kappa: int | float = 1.0
     target_name_or_path: str | None = None
     target_model_type: str | None = None
+    weights_sha256: str | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -96,6 +100,14 @@ class FSPADConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} must be even (rotary position embeddings turn pairs); choose "
                 f"num_attention_heads so that hidden_size={self.hidden_size} / num_attention_heads is even, "
                 "or set head_dim."
+            )
+
+    def validate_weights_sha256(self):
+        """Part of the `@strict` validation."""
+        if self.weights_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):
+            raise ValueError(
+                f"weights_sha256={self.weights_sha256!r} is no sha256: expected 64 lower-case hexadecimal digits, or "
+                "null to check nothing; save_pretrained writes the right one."
             )
 
     def validate_tree(self):
