@@ -4,7 +4,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("demo", "train", "acceptance")  # modules of fspad_hf.commands, in the order of --help
+COMMANDS = ("demo", "train", "acceptance", "push")  # modules of fspad_hf.commands, in the order of --help
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train"}
 
 

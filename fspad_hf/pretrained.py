@@ -14,7 +14,7 @@ from .weights import INDEX, check_weights, fingerprint, weight_files
 
 PUSH_OPTIONS = (
     "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags", "license", "datasets",
-    "results", "overwrite_card",
+    "results", "overwrite_card", "target_name",
 )  # fmt: skip
 
 
@@ -187,7 +187,8 @@ class FSPADPreTrainedModel(PreTrainedModel):
         unknown = sorted(kwargs.keys() - set(PUSH_OPTIONS))
         if unknown:
             raise ValueError(f"push_to_hub takes no {unknown}: expected any of {sorted(PUSH_OPTIONS)}.")
-        check_target_name(self.config.target_name_or_path)
+        name = kwargs.get("target_name")
+        check_target_name(name or self.config.target_name_or_path, given=name is not None)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(
                 Path(folder) / "draft", tokenizer=tokenizer, max_shard_size=max_shard_size, token=kwargs.get("token")
