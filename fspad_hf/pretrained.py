@@ -147,6 +147,8 @@ class FSPADPreTrainedModel(PreTrainedModel):
                 f"save_directory={str(save_directory)!r} is a file: expected a folder to save the draft in."
             )
         push = {name: kwargs.pop(name) for name in PUSH_OPTIONS if name in kwargs}
+        if push_to_hub:
+            self._check_push(push)
         save_directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=save_directory.parent, prefix=f".{save_directory.name}.") as partial:
             super().save_pretrained(partial, **kwargs)
@@ -182,18 +184,23 @@ class FSPADPreTrainedModel(PreTrainedModel):
             ValueError: an argument is wrong, or the configuration names no target that others could load.
             OSError: the Hub cannot be reached, or refuses.
         """
-        from .hub import check_target_name, push_folder
+        from .hub import push_folder
 
-        unknown = sorted(kwargs.keys() - set(PUSH_OPTIONS))
-        if unknown:
-            raise ValueError(f"push_to_hub takes no {unknown}: expected any of {sorted(PUSH_OPTIONS)}.")
-        name = kwargs.get("target_name")
-        check_target_name(name or self.config.target_name_or_path, given=name is not None)
+        self._check_push(kwargs)
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(
                 Path(folder) / "draft", tokenizer=tokenizer, max_shard_size=max_shard_size, token=kwargs.get("token")
             )
             return push_folder(Path(folder) / "draft", repo_id, **kwargs)
+
+    def _check_push(self, options: dict) -> None:
+        from .hub import check_target_name
+
+        unknown = sorted(options.keys() - set(PUSH_OPTIONS))
+        if unknown:
+            raise ValueError(f"push_to_hub takes no {unknown}: expected any of {sorted(PUSH_OPTIONS)}.")
+        name = options.get("target_name")
+        check_target_name(name or self.config.target_name_or_path, given=name is not None)
 
 
 def draft_config(draft: str | os.PathLike, changes: dict[str, int | None] | None = None, **hub_kwargs) -> FSPADConfig:
