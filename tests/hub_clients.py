@@ -138,7 +138,7 @@ def consume(step, folder: Path) -> None:
 
     @step
     def token():
-        target, _, draft = FSPADDraftModel.load_pair("alice/secret", token=TOKEN)
+        target, _, draft = FSPADDraftModel.load_pair("alice/hidden-draft", token=TOKEN)  # of a hidden target
         return load("alice/secret", token=TOKEN), generates(target, draft)
 
     @step
@@ -151,7 +151,9 @@ def consume(step, folder: Path) -> None:
         places = {"cache_dir": folder / "elsewhere"}
         online = FSPADDraftModel.load_pair("alice/draft", **places)
         offline = FSPADDraftModel.load_pair("alice/draft", **places, local_files_only=True)
-        return _sum(online[2]) == _sum(offline[2]), sorted(os.listdir(folder / "elsewhere"))
+        cached = [path.relative_to(folder / "elsewhere") for path in (folder / "elsewhere").glob("*/snapshots/*/*")]
+        files = [(path.parts[0].removeprefix("models--"), path.name) for path in cached]
+        return _sum(online[2]) == _sum(offline[2]), files
 
     @step
     def cache_dir_empty():
@@ -168,6 +170,7 @@ def consume(step, folder: Path) -> None:
     for name in ("changed", "truncated", "bad-shard"):
         step(lambda name=name: load(f"alice/{name}"), name)
     step(lambda: load("alice/many", subfolder="drafts/changed"), "changed_subfolder")
+    step(lambda: FSPADDraftModel.load_pair("alice/changed-pair"), "changed_pair")
     step(lambda: AutoModelForCausalLM.from_pretrained("alice/changed"), "changed_auto")
     step(lambda: pipeline("text-generation", "alice/target", assistant_model="alice/changed"), "changed_pipeline")
     step(lambda: load("alice/nobody"), "missing")

@@ -37,6 +37,11 @@ def part(name, hub, folder, **env) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def naming(target: str, files: dict[str, bytes]) -> dict[str, bytes]:
+    config = {**json.loads(files["config.json"]), "target_name_or_path": target}
+    return {**files, "config.json": json.dumps(config).encode()}
+
+
 @pytest.fixture(scope="module")
 def hub():
     with HubServer({"hf_alice": "alice", "hf_bob": "bob"}) as server:
@@ -82,6 +87,9 @@ def consumed(hub, published, interrupted, home):
     shards = hub.repos["alice/sharded"].files()
     last = max(path for path in shards if path.endswith(".safetensors"))
     hub.create("alice/bad-shard", {**shards, last: shards[last][:-1] + bytes([shards[last][-1] ^ 1])})
+    hub.create("alice/hidden", hub.repos["alice/target"].files(), private=True)
+    hub.create("alice/hidden-draft", naming("alice/hidden", draft), private=True)
+    hub.create("alice/changed-pair", naming("alice/never-asked", hub.repos["alice/changed"].files()))
     hub.create("alice/cut", draft)
     hub.create("alice/down", draft)
     hub.faults.append(Fault(f"GET /alice/cut/resolve/.*/{WEIGHTS}", drop=10 * CHUNK + 1))
@@ -181,7 +189,8 @@ class TestLoad:
         loaded, exact = consumed["subfolder"]
         assert loaded["sha256"] == published["first"]["sha256"] and exact
         same, cached = consumed["cache_dir"]
-        assert same and {"models--alice--draft", "models--alice--target"} <= set(cached)
+        files = {("alice--draft", WEIGHTS), ("alice--target", WEIGHTS), ("alice--target", "tokenizer.json")}
+        assert same and files <= {tuple(file) for file in cached}
         assert failed(consumed["cache_dir_empty"], "OSError", "offline mode")
         assert consumed["sharded"]["sha256"] == published["shards_replace_a_whole_file"]
 
@@ -203,6 +212,7 @@ class TestLoad:
             ("truncated", "OSError"),
             ("bad-shard", "OSError"),
             ("changed_subfolder", "OSError"),
+            ("changed_pair", "OSError"),
             ("changed_auto", "OSError"),
             ("changed_pipeline", "ValueError"),  # which is how a pipeline passes on what stopped it
         ],
@@ -211,6 +221,8 @@ class TestLoad:
         expected = published["shards_replace_a_whole_file" if step == "bad-shard" else "first"]
         expected = expected if step == "bad-shard" else expected["sha256"]
         assert failed(consumed[step], kind, "were changed", f"weights_sha256={expected}", "force_download=True")
+        if step == "changed_pair":
+            assert hub.seen("never-asked") == []  # a damaged draft costs no download of its target
         if step == "changed":
             assert sha256(hub.repos["alice/changed"].files()[WEIGHTS]) in consumed[step]["message"]
 

@@ -178,6 +178,20 @@ for do_sample in (True, False):
         with pytest.raises(OSError):
             FSPADDraftModel.from_pretrained(saved / "draft")
 
+    def test_load_pair(self, saved):
+        target, tokenizer, draft = FSPADDraftModel.load_pair(saved / "draft", attn_implementation="eager")
+        assert target.name_or_path == str(saved / "target") and tokenizer.decode([20]) == "r"
+        assert target.config._attn_implementation == "eager" and target.dtype == draft.dtype == torch.float32
+        config = FSPADConfig.from_pretrained(saved / "draft", tree_depth=3)
+        tiny.build("llama", dtype=torch.bfloat16).save_pretrained(saved / "other")
+        tokenizer.save_pretrained(saved / "other")
+        target, _, draft = FSPADDraftModel.load_pair(saved / "draft", target=saved / "other", config=config)
+        assert target.name_or_path == str(saved / "other") and target.dtype == draft.dtype == torch.bfloat16
+        assert draft.config.tree_depth == 3 and not draft.training
+        edit_config(saved / "draft", target_name_or_path=None)
+        with pytest.raises(ValueError, match="names no target"):
+            FSPADDraftModel.load_pair(saved / "draft")
+
     def test_an_interrupted_save_leaves_the_old_files(self, saved, monkeypatch, tokenizer):
         before = (saved / "draft" / "model.safetensors").read_bytes()
         monkeypatch.setattr(

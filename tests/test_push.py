@@ -72,13 +72,6 @@ class TestCard:
         values = {(r.dataset_config, r.metric_type): r.metric_value for r in read}
         assert values == {("qa", "tau"): 2.0, ("math", "tau"): 4, ("math", "speedup"): 1.5}
 
-    def test_the_hub_takes_the_metadata_and_refuses_nonsense(self, saved, local_hub):
-        card = self.card(saved, license="mit")
-        card.validate()
-        card.data.base_model = "/home/alice/target"
-        with pytest.raises(ValueError, match="base_model"):
-            card.validate()
-
     def test_what_is_unknown_is_left_out(self, saved, tmp_path):
         text = str(self.card(saved))
         assert "## Results" not in text and "model-index" not in text and "license" not in text
@@ -204,6 +197,12 @@ class TestPush:
         (folder / "README.md").write_text("mine, here")
         hub.push_folder(folder, results=results, overwrite_card=True)
         assert b"model-index" in repo.files()["README.md"]
+
+    def test_metadata_that_the_hub_refuses_is_refused_before_the_upload(self, folder, local_hub):
+        (folder / "README.md").write_text("---\nbase_model: /home/me/target\n---\nmine")
+        with pytest.raises(ValueError, match=r'Invalid metadata in README.md(.|\n)*"base_model" is no model id'):
+            hub.push_folder(folder, "alice/x")
+        assert local_hub.repos["alice/x"].files() == {} and local_hub.objects == {}
 
     def test_a_target_named_for_others(self, folder, local_hub):
         hub.push_folder(folder, "alice/x", target_name="org/Target-7B")
