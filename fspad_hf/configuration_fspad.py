@@ -134,6 +134,18 @@ class FSPADConfig(PreTrainedConfig):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be finite and above 0 (default 1.0).")
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FSPADConfig":
+        """As `PreTrainedConfig.from_pretrained`, but `ValueError` if it is the configuration of another model."""
+        # Not super(): in transformers 5.17 that forgets the `token` before it comes to get_config_dict.
+        fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} is a {fields['model_type']!r} model: expected an FSPAD draft "
+                "('fspad'); pass the folder or Hub id that FSPADDraftModel.save_pretrained wrote."
+            )
+        return cls.from_dict(fields, **kwargs)
+
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         # A pipeline looks a string draft's class up as `getattr(transformers, architecture)`, so the list must
         # name a class that transformers itself has; the registration then leads it to ours.

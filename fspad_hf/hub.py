@@ -149,11 +149,8 @@ def _whole_draft(folder: Path) -> FSPADConfig:
 
 def _operations(folder: Path, remote: set[str], target_name: str) -> list[CommitOperationAdd | CommitOperationDelete]:
     """What makes the repository hold this folder's draft, card aside."""
-    weights = weight_files(folder)
     paths = {path for pattern in UPLOADED for path in folder.glob(pattern) if path.is_file()}
-    if weights == [folder / "model.safetensors"]:
-        paths.discard(folder / INDEX)
-    added = {path.relative_to(folder).as_posix(): path for path in sorted({*paths, *weights})}
+    added = {path.relative_to(folder).as_posix(): path for path in sorted({*paths, *weight_files(folder)})}
     config = {**json.loads((folder / "config.json").read_text()), "target_name_or_path": target_name}
     added["config.json"] = (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
     # transformers would load the old weights rather than the new ones under other names

@@ -188,6 +188,8 @@ for do_sample in (True, False):
         target, _, draft = FSPADDraftModel.load_pair(saved / "draft", target=saved / "other", config=config)
         assert target.name_or_path == str(saved / "other") and target.dtype == draft.dtype == torch.bfloat16
         assert draft.config.tree_depth == 3 and not draft.training
+        with pytest.raises(ValueError, match="is a 'llama' model: expected an FSPAD draft"):
+            FSPADDraftModel.from_pretrained(saved / "target")
         edit_config(saved / "draft", target_name_or_path=None)
         with pytest.raises(ValueError, match="names no target"):
             FSPADDraftModel.load_pair(saved / "draft")
