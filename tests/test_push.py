@@ -1,5 +1,6 @@
 """Model cards, and what `fspad-hf push` refuses before and after it asks the Hub."""
 
+import hashlib
 import inspect
 import json
 import shutil
@@ -218,6 +219,9 @@ class TestPush:
                 hub.push_folder(folder, "alice/x", token="hf_bob", **options)
         hub.push_folder(folder, "alice/x", token="hf_bob", create_pr=True)
         assert repo.files() == {} and "config.json" in repo.files("refs/pr/1")
+        repo.refs["dev"] = repo.refs["main"]
+        hub.push_folder(folder, "alice/x", token="hf_bob", create_pr=True, revision="dev")
+        assert "config.json" in repo.files("refs/pr/2")
 
     @pytest.mark.parametrize(
         ("status", "words"), [(401, "HTTP 401: .*hf auth login"), (503, "HTTP 503: .*try again later")]
@@ -266,7 +270,8 @@ class TestFingerprint:
         draft.save_pretrained(folder, tokenizer=tokenizer, max_shard_size="20KB")
         assert not (folder / "model.safetensors").exists() and len(weight_files(folder)) > 1
         loaded = FSPADDraftModel.from_pretrained(folder)
-        assert loaded.config.weights_sha256 == fingerprint(weight_files(folder)) != whole
+        joined = b"".join(path.read_bytes() for path in sorted(folder.glob("model-*.safetensors")))
+        assert loaded.config.weights_sha256 == hashlib.sha256(joined).hexdigest() != whole
         loaded.save_pretrained(folder, tokenizer=tokenizer)
         assert [path.name for path in folder.glob("model*")] == ["model.safetensors"]
         assert FSPADDraftModel.from_pretrained(folder).config.weights_sha256 == whole
@@ -277,6 +282,20 @@ class TestFingerprint:
         draft.bfloat16().save_pretrained(folder, tokenizer=tokenizer, variant="bf16")
         assert FSPADDraftModel.from_pretrained(folder).config.weights_sha256 == whole
         FSPADDraftModel.from_pretrained(folder, variant="bf16")
+
+    def test_the_tokenizer_is_looked_for_at_the_target_and_where_the_draft_came_from(self, folder, monkeypatch):
+        draft, asked = FSPADDraftModel.from_pretrained(folder), []
+
+        def find(name, token):
+            asked.append((name, token))
+            if name == "alice/target":
+                raise OSError("not to be had")
+            return tiny.tokenizer()
+
+        monkeypatch.setattr(pretrained.AutoTokenizer, "from_pretrained", find)
+        draft.save_pretrained(folder.parent / "copy", token="hf_alice")
+        assert asked == [("alice/target", "hf_alice"), (str(folder), "hf_alice")]
+        assert (folder.parent / "copy" / "tokenizer.json").is_file()
 
     def test_a_meant_change_is_saved_again(self, folder, tokenizer):
         draft = FSPADDraftModel.from_pretrained(folder)
