@@ -5,7 +5,9 @@ import importlib
 import sys
 
 # modules of fspad_hf.commands, as --help lists them
-COMMANDS = ("demo", "chat", "verify", "bench", "train", "calibrate", "acceptance", "convert", "export-custom-generate")
+COMMANDS = (
+    "demo", "chat", "verify", "bench", "acceptance", "train", "calibrate", "convert", "push", "export-custom-generate",
+)  # fmt: skip
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "matplotlib": "bench"}
 
 

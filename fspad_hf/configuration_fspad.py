@@ -1,6 +1,7 @@
 """FSPAD draft configuration."""
 
 import os
+import re
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -37,6 +38,8 @@ class FSPADConfig(PreTrainedConfig):
         coupling_kappa: the factor on a coupled child's score before it becomes a confidence.
         target_name_or_path: where the target came from (Hub id or path).
         target_model_type: the target's `model_type`.
+        weights_sha256: the sha256 of the weights saved with this configuration; `save_pretrained` sets it, and
+            `from_pretrained` refuses other weights. `None` checks nothing.
     """
 
     model_type = "fspad"
@@ -68,6 +71,7 @@ class FSPADConfig(PreTrainedConfig):
     coupling_kappa: int | float = 1.0
     target_name_or_path: str | None = None
     target_model_type: str | None = None
+    weights_sha256: str | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
@@ -98,6 +102,14 @@ class FSPADConfig(PreTrainedConfig):
                 "or set head_dim."
             )
 
+    def validate_weights_sha256(self):
+        """Part of the `@strict` validation."""
+        if self.weights_sha256 is not None and not re.fullmatch("[0-9a-f]{64}", self.weights_sha256):
+            raise ValueError(
+                f"weights_sha256={self.weights_sha256!r} is no sha256: expected 64 lower-case hexadecimal digits, or "
+                "null to check nothing; save_pretrained writes the right one."
+            )
+
     def validate_tree(self):
         """Part of the `@strict` validation, and run again before decoding: the tree must be one that can grow."""
         for name, low, high in (
@@ -121,6 +133,18 @@ class FSPADConfig(PreTrainedConfig):
         for name in ("coupling_sharpness", "coupling_kappa"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be finite and above 0 (default 1.0).")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FSPADConfig":
+        """As `PreTrainedConfig.from_pretrained`, but `ValueError` if it is the configuration of another model."""
+        # Not super(): in transformers 5.17 that forgets the `token` before it comes to get_config_dict.
+        fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"{str(pretrained_model_name_or_path)!r} is a {fields['model_type']!r} model: expected an FSPAD draft "
+                "('fspad'); pass the folder or Hub id that FSPADDraftModel.save_pretrained wrote."
+            )
+        return cls.from_dict(fields, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         # A pipeline looks a string draft's class up as `getattr(transformers, architecture)`, so the list must

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .configuration_fspad import FSPADConfig
 from .demo_target import demo_target, released_draft
 from .modeling_fspad import FSPADDraftModel
+from .pretrained import draft_config, named_target
 from .runtime import quiet_transformers, resolve_device, resolve_dtype, status
 
 CPU_TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_total_nodes": 8}  # a CPU pays for every row it verifies
@@ -53,17 +53,12 @@ def load_models(
     with quiet_transformers():
         draft_name = draft or str(released_draft())
         config = draft_config(draft_name, trees)
-        target_name = target or (config.target_name_or_path if draft else str(demo_target()))
-        if target_name is None:
-            raise ValueError(f"The draft {draft_name!r} names no target: pass the model that it was trained for.")
+        target_name = target or (named_target(draft, config) if draft else str(demo_target()))
         with status(f"Loading {target_name} and {draft_name}"):
-            return Models(
-                target=AutoModelForCausalLM.from_pretrained(target_name, dtype=precision).to(place).eval(),
-                tokenizer=AutoTokenizer.from_pretrained(target_name),
-                draft=FSPADDraftModel.from_pretrained(draft_name, config=config, dtype=precision).to(place).eval(),
-                target_name=target_name,
-                draft_name=draft_name,
+            model, tokenizer, loaded = FSPADDraftModel.load_pair(
+                draft_name, target=target_name, config=config, dtype=precision
             )
+            return Models(model.to(place), tokenizer, loaded.to(place), target_name, draft_name)
 
 
 def load_draft(draft: str, beside: Models, **trees: int | None) -> FSPADDraftModel:
@@ -80,21 +75,6 @@ def _tree_changes(
 ) -> dict[str, int | None]:
     given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes}
     return CPU_TREE if place.type == "cpu" and all(value is None for value in given.values()) else given
-
-
-def draft_config(draft: str, changes: dict[str, int | None] | None = None) -> FSPADConfig:
-    """A draft's configuration with `changes` (`None`: as it is); `ValueError` if it is not an FSPAD draft."""
-    config = AutoConfig.from_pretrained(draft)
-    if not isinstance(config, FSPADConfig):
-        raise ValueError(
-            f"draft={draft!r} is a {config.model_type!r} model: expected an FSPAD draft ('fspad'); pass the folder or "
-            "Hub id that FSPADDraftModel.save_pretrained wrote."
-        )
-    for name, value in (changes or {}).items():
-        if value is not None:
-            setattr(config, name, value)
-    config.validate_tree()
-    return config
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], device=None) -> dict:

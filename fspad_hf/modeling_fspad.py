@@ -4,23 +4,18 @@ Notation, as in the paper: h hidden size, V vocabulary, f_t the target's feature
 reads), e_t the target's embedding of token t. From (f_t, e_{t+1}) the draft predicts token t+2 and feature f_{t+1}.
 """
 
-import os
-import shutil
-import tempfile
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import ModelOutput
 
 from .configuration_fspad import FSPADConfig
+from .pretrained import FSPADPreTrainedModel
 
 
 @dataclass
@@ -87,20 +82,13 @@ class FSPADDecoderLayer(nn.Module):
         return attended + out, attended + out
 
 
-class FSPADDraftModel(PreTrainedModel):
+class FSPADDraftModel(FSPADPreTrainedModel):
     """
     A draft for one target model: pass it to `generate` as `assistant_model`.
 
     It holds its own weights only. Embedding, LM head and vocabulary are the target's, and everything that belongs to
     one `generate` call lives in an object of that call, so threads can share one draft.
     """
-
-    config_class = FSPADConfig
-    base_model_prefix = ""
-    main_input_name = "inputs_embeds"
-    _supports_sdpa = True
-    _supports_attention_backend = True
-    _no_split_modules = ["FSPADDecoderLayer"]
 
     def __init__(self, config: FSPADConfig):
         super().__init__(config)
@@ -142,9 +130,6 @@ class FSPADDraftModel(PreTrainedModel):
         )
         return FSPADDraftOutput(logit_features=logit_features, features=features)
 
-    def can_generate(self) -> bool:
-        return False  # it drafts; only its target generates
-
     @classmethod
     def from_target(cls, target: PreTrainedModel, **overrides) -> "FSPADDraftModel":
         """
@@ -159,72 +144,6 @@ class FSPADDraftModel(PreTrainedModel):
         """
         draft = cls(config_for_target(target, **overrides)).to(target.dtype).eval()
         return draft if target.device.type == "meta" else draft.to(target.device)  # an offloaded target's is meta
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """
-        As `PreTrainedModel.from_pretrained`, safetensors only. A weight that the file lacks is an error.
-
-        Raises:
-            OSError: the weights are missing or damaged.
-            ValueError: the file lacks a weight that the configuration asks for.
-        """
-        with_info = kwargs.pop("output_loading_info", False)
-        kwargs["use_safetensors"] = True
-        try:
-            draft, info = super().from_pretrained(
-                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise OSError(
-                f"The draft weights in {str(pretrained_model_name_or_path)!r} are damaged ({error}): expected a whole "
-                "model.safetensors; download or save the draft again."
-            ) from error
-        if info["missing_keys"]:
-            raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} lacks the draft weights {sorted(info['missing_keys'])}, "
-                "which its config.json asks for: the file is incomplete or belongs to another configuration; save the "
-                "draft again, or convert the checkpoint it came from."
-            )
-        return (draft, info) if with_info else draft
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike,
-        *,
-        tokenizer=None,
-        push_to_hub: bool = False,
-        repo_id: str | None = None,
-        **kwargs,
-    ):
-        """
-        Writes config.json, model.safetensors (the draft's own weights) and the target's tokenizer files.
-
-        Files are written to a temporary folder and renamed, so an interrupted save leaves the old ones standing.
-
-        Args:
-            save_directory: the folder; made if need be.
-            tokenizer: the target's tokenizer; by default read from `config.target_name_or_path`. Without one the
-                draft is saved all the same, with a warning: a pipeline cannot load it from a string.
-        """
-        save_directory = Path(save_directory)
-        if save_directory.is_file():
-            raise ValueError(
-                f"save_directory={str(save_directory)!r} is a file: expected a folder to save the draft in."
-            )
-        save_directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory.parent, prefix=f".{save_directory.name}.") as partial:
-            super().save_pretrained(partial, **kwargs)
-            tokenizer = tokenizer if tokenizer is not None else _find_tokenizer(self.config.target_name_or_path)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-            for path in sorted(Path(partial).rglob("*")):
-                if path.is_file():
-                    final = save_directory / path.relative_to(partial)
-                    final.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.move(path, final)
-        if push_to_hub:
-            self.push_to_hub(repo_id or save_directory.name)
 
 
 def config_for_target(target: PreTrainedModel, **overrides) -> FSPADConfig:
@@ -284,20 +203,6 @@ def _full_attention_theta(text_config) -> float:
     rope = getattr(text_config, "rope_parameters", None) or {}
     rope = rope.get("full_attention", rope) or {}
     return float(rope.get("rope_theta") or 10_000.0)
-
-
-def _find_tokenizer(target_name_or_path: str | None):
-    try:
-        if target_name_or_path:
-            return AutoTokenizer.from_pretrained(target_name_or_path)
-    except Exception:  # whatever stands in the way, the draft itself can be saved
-        pass
-    warnings.warn(
-        f"No tokenizer found at the target {target_name_or_path!r}: the draft is saved without one, and "
-        "pipeline(assistant_model='path') will not load it. Pass `tokenizer=` to save_pretrained.",
-        stacklevel=3,
-    )
-    return None
 
 
 AutoModelForCausalLM.register(FSPADConfig, FSPADDraftModel, exist_ok=True)

@@ -81,6 +81,11 @@ def test_rotary_base_is_the_full_attention_layers():
     assert torch.isfinite(far.features).all()  # no length cap
 
 
+def edit_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
 class TestSaving:
     @pytest.fixture
     def saved(self, llama, tmp_path, tokenizer):
@@ -154,6 +159,7 @@ for do_sample in (True, False):
         weights = load_file(path)
         del weights["layer.mlp.down_proj.weight"]
         save_file(weights, path, metadata={"format": "pt"})
+        edit_config(saved / "draft", weights_sha256=None)
         for load in (FSPADDraftModel.from_pretrained, AutoModelForCausalLM.from_pretrained):
             with pytest.raises(ValueError, match=r"lacks the draft weights \['layer.mlp.down_proj.weight'\]"):
                 load(saved / "draft")
@@ -161,14 +167,32 @@ for do_sample in (True, False):
     def test_corrupt_or_missing_safetensors(self, saved):
         path = saved / "draft" / "model.safetensors"
         path.write_bytes(path.read_bytes()[:2000])
-        with pytest.raises(OSError, match="damaged"):
-            FSPADDraftModel.from_pretrained(saved / "draft")
+        for way_to_see in ("were changed: their sha256 is", "expected a whole"):
+            with pytest.raises(OSError, match=rf"damaged.*{way_to_see}"):
+                FSPADDraftModel.from_pretrained(saved / "draft")
+            edit_config(saved / "draft", weights_sha256=None)
         path.unlink()
         with pytest.raises(OSError, match=r"model\.safetensors"):
             FSPADDraftModel.from_pretrained(saved / "draft")
         (saved / "draft" / "pytorch_model.bin").write_bytes(b"never read")
         with pytest.raises(OSError):
             FSPADDraftModel.from_pretrained(saved / "draft")
+
+    def test_load_pair(self, saved):
+        target, tokenizer, draft = FSPADDraftModel.load_pair(saved / "draft", attn_implementation="eager")
+        assert target.name_or_path == str(saved / "target") and tokenizer.decode([20]) == "r"
+        assert target.config._attn_implementation == "eager" and target.dtype == draft.dtype == torch.float32
+        config = FSPADConfig.from_pretrained(saved / "draft", tree_depth=3)
+        tiny.build("llama", dtype=torch.bfloat16).save_pretrained(saved / "other")
+        tokenizer.save_pretrained(saved / "other")
+        target, _, draft = FSPADDraftModel.load_pair(saved / "draft", target=saved / "other", config=config)
+        assert target.name_or_path == str(saved / "other") and target.dtype == draft.dtype == torch.bfloat16
+        assert draft.config.tree_depth == 3 and not draft.training
+        with pytest.raises(ValueError, match="is a 'llama' model: expected an FSPAD draft"):
+            FSPADDraftModel.from_pretrained(saved / "target")
+        edit_config(saved / "draft", target_name_or_path=None)
+        with pytest.raises(ValueError, match="names no target"):
+            FSPADDraftModel.load_pair(saved / "draft")
 
     def test_an_interrupted_save_leaves_the_old_files(self, saved, monkeypatch, tokenizer):
         before = (saved / "draft" / "model.safetensors").read_bytes()
@@ -207,6 +231,7 @@ class TestConfig:
             ({"draft_vocab_size": 9, "tree_top_k": 10}, "tree_top_k=10"),
             ({"draft_vocab_size": 32001}, "draft_vocab_size=32001"),
             ({"tree_depth": "six"}, "tree_depth"),
+            ({"weights_sha256": "abc"}, "weights_sha256='abc' is no sha256"),
         ],
     )
     def test_nonsense_is_refused(self, fields, words):
