@@ -39,12 +39,12 @@ def write_report(folder: Path, results: dict) -> None:
     Writes report.md, and its plots as SVG beside it.
 
     Args:
-        results: as results.json holds them: config, machine, summary.
+        results: as results.json holds them.
     """
-    summary, plots = results["summary"], {}
-    for mode in summary:
+    figures, plots = results["figures"], {}
+    for mode in figures:
         for name, draw in _PLOTS.items():
-            figure = draw(summary[mode])
+            figure = draw(figures[mode])
             if figure is not None:
                 plots[mode, name] = f"{name}-{mode}.svg"
                 _save(figure, folder / plots[mode, name], f"{name} {MODE_TITLES[mode]}")
@@ -54,7 +54,7 @@ def write_report(folder: Path, results: dict) -> None:
 def headline(results: dict) -> list[str]:
     """The one table that a README shows: every mode and method, over all tasks."""
     lines = ["| | method | tok/s | speed-up (95 %) | tau | identical |", "|---|---|---|---|---|---|"]
-    for mode, methods in results["summary"].items():
+    for mode, methods in results["figures"].items():
         for name, result in methods.items():
             lossless = result["lossless"]
             same = f"{lossless['same']}/{lossless['compared']}" if lossless["compared"] else "-"
@@ -65,7 +65,7 @@ def headline(results: dict) -> list[str]:
 
 
 def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
-    config, machine, summary = results["config"], results["machine"], results["summary"]
+    config, machine, figures = results["config"], results["machine"], results["figures"]
     lines = [f"# {results['title']}", "", results["verdict"], "", *headline(results), ""]
     lines += [
         "tok/s counts new tokens over the whole call, prefill included. tau is tokens after the first / forwards "
@@ -78,7 +78,7 @@ def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
         "",
     ]
     lines += [f"Trees (depth, top-k, nodes): {config['trees']}.", "", "```bash", results["command"], "```", ""]
-    for mode, methods in summary.items():
+    for mode, methods in figures.items():
         lines += [f"## {MODE_TITLES[mode]}", ""]
         for what, title in (("speedup", "Speed-up"), ("tau", "tau")):
             lines += _task_table(methods, what, title)

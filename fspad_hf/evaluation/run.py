@@ -10,11 +10,12 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ..loading import Models, draft_config, load_draft, load_models
+from ..loading import Models, load_draft, load_models
+from ..pretrained import draft_config
 from ..runtime import is_exact, quiet_transformers, status, write_json
 from .bench import Bench, BenchConfig, RecordFile, describe_machine
 from .peers import MODES, load_assistant, make_methods
-from .report import results_table, write_report
+from .report import MODE_TITLES, results_table, write_report
 from .spec_bench import Question, published_questions, read_prompts, read_questions
 from .summary import summarise
 
@@ -55,7 +56,8 @@ def run_bench(
         raw_prompts: do without a chat template.
 
     Returns:
-        What results.json holds: title, command, config, machine, questions, summary, verdict, exact, records.
+        What results.json holds: title, command, config, machine, questions, summary (what a model card shows of
+        it), figures (see [`summarise`]), verdict, exact, lossless, records.
 
     Raises:
         ValueError, OSError: an argument is wrong, or a model or a file cannot be had.
@@ -95,7 +97,7 @@ def run_bench(
         if file.records:
             write_json(Path(output) / "results.json", results)
             write_report(Path(output), results)
-    (console or Console()).print(results_table(results["summary"], results["title"]), results["verdict"])
+    (console or Console()).print(results_table(results["figures"], results["title"]), results["verdict"])
     return results
 
 
@@ -135,26 +137,39 @@ def _ask_all(asked: list[Question], models: Models, ways, config: BenchConfig, f
 def _results(file: RecordFile, config: BenchConfig, models: Models) -> dict:
     from dataclasses import asdict
 
-    summary = summarise(file.records)
+    figures = summarise(file.records)
+    machine = describe_machine(models.target.device)
     exact = is_exact(str(models.target.device.type), models.target.dtype)
     return {
         "title": f"{Path(config.target).name} on {config.source}",
         "command": "fspad-hf " + shlex.join(sys.argv[1:]),
         "config": asdict(config),
-        "machine": describe_machine(models.target.device),
+        "machine": machine,
         "questions": len(file.done()),
-        "summary": summary,
-        "verdict": verdict(summary, list(config.drafts), exact),
+        "summary": card_summary(figures, config, machine),
+        "figures": figures,
+        "verdict": verdict(figures, list(config.drafts), exact),
         "exact": exact,
         "lossless": all(0 < lossless["same"] == lossless["compared"] for lossless in (
-            methods[name]["lossless"] for methods in summary.values() for name in config.drafts if name in methods)),
+            methods[name]["lossless"] for methods in figures.values() for name in config.drafts if name in methods)),
         "records": file.records,
     }  # fmt: skip
 
 
-def verdict(summary: dict, names: Sequence[str], exact: bool) -> str:
+def card_summary(figures: dict, config: BenchConfig, machine: dict[str, str]) -> dict:
+    """tau and speed-up of the first draft in the first mode, for [`fspad_hf.cards.read_results`]."""
+    mode, name = config.modes[0], next(iter(config.drafts))
+    tasks = figures.get(mode, {}).get(name, {}).get("tasks", {})
+    shown = {task: {what: found[what]["value"] for what in ("tau", "speedup")} for task, found in tasks.items()}
+    prompts = sum(found["prompts"] for found in tasks.values())
+    settings = {"mode": MODE_TITLES[mode], "questions": prompts, "new tokens a turn": config.max_new_tokens}
+    settings |= {"dtype": config.dtype, "tree (depth, top-k, nodes)": ", ".join(map(str, config.trees[name]))}
+    return {"tasks": shown, **settings, **machine}
+
+
+def verdict(figures: dict, names: Sequence[str], exact: bool) -> str:
     """One line on whether FSPAD gave plain generate's tokens."""
-    counts = [methods[name]["lossless"] for methods in summary.values() for name in names if name in methods]
+    counts = [methods[name]["lossless"] for methods in figures.values() for name in names if name in methods]
     same, compared = sum(c["same"] for c in counts), sum(c["compared"] for c in counts)
     if not compared:
         return "No answer of FSPAD's was compared with plain generate's."

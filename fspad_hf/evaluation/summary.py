@@ -29,7 +29,7 @@ class Figure:
 
 def summarise(records: Sequence[dict], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict[str, dict]]:
     """
-    The figures of each mode and method: `summary[mode][method]`, in the order in which they occur.
+    The figures of each mode and method: `figures[mode][method]`, in the order in which they occur.
 
     Each has `tasks` ({task: figures}), `mean` (over the tasks), `errors` (text: count), `lossless` ({"same",
     "compared", "first_differences"}), `accepted_lengths` ({length: count}) and `seconds` ({"prefill", "decode"}).

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..loading import draft_config, load_models
+from ..loading import load_models
 from ..modeling_fspad import FSPADDraftModel
+from ..pretrained import draft_config
 from ..runtime import status, write_file
 from .coupling import fit_coupling
 from .data import load_token_rows, span_mask

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import CompileConfig
 
+from fspad_hf.cards import read_results
 from fspad_hf.cli import main
 from fspad_hf.evaluation import bench, peers
 from fspad_hf.evaluation.peers import Method
@@ -75,6 +76,12 @@ def test_the_report_and_its_plots(run, models):
         assert root.tag.endswith("svg") and "#ffffff" not in (folder / plot).read_text()  # no white card on black
     results = json.loads((folder / "results.json").read_text())
     assert results["config"]["trees"] == {"FSPAD": [3, 3, 8]} and results["questions"] == 4
+    card = read_results(folder / "results.json")
+    taus = results["figures"]["greedy"]["FSPAD"]["tasks"]
+    assert {task: values["tau"] for task, values in card.tasks.items()} == {
+        t: f["tau"]["value"] for t, f in taus.items()
+    }
+    assert card.settings["mode"] == "T = 0" and set(card.measured) == {"tau", "speedup"}
     assert not list(folder.glob(".*"))
 
 
