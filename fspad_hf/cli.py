@@ -4,8 +4,8 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("demo", "train", "acceptance")  # modules of fspad_hf.commands, in the order of --help
-EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train"}
+COMMANDS = ("demo", "selfplay", "train", "acceptance")  # modules of fspad_hf.commands, in the order of --help
+EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "datasets": "train"}
 
 
 def main(argv: list[str] | None = None) -> int:
