@@ -135,19 +135,20 @@ def _json_lines(path: Path) -> Iterator:
 
 
 def _dataset(source: str, split: str):
-    path = Path(source)
+    path, options = Path(source), {}
     if path.suffix in (".jsonl", ".json", ".parquet") or path.exists():
         if not path.is_file() or path.suffix not in (".json", ".parquet"):
             raise ValueError(
                 f"data={source!r} is no data to train on: expected a .jsonl, .json, .parquet or .npy file, a folder "
                 "of .npy files, or a Hub data set id."
             )
-        from datasets import load_dataset
+        source, split, options = path.suffix[1:], "train", {"data_files": str(path)}
+    from datasets import exceptions, load_dataset
 
-        return load_dataset(path.suffix[1:], data_files=str(path), split="train")
-    from datasets import load_dataset
-
-    return load_dataset(source, split=split)
+    try:
+        return load_dataset(source, split=split, **options)
+    except (exceptions.DatasetsError, ValueError) as error:  # pyarrow's are ValueErrors
+        raise ValueError(f"data={options.get('data_files', source)!r} cannot be read: {error}") from error
 
 
 def _shown(value) -> str:

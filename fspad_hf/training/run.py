@@ -56,28 +56,25 @@ def run_training(
     """
     from rich.console import Console
 
-    from .preview import preview
-
     console = Console()
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     tokenizer = AutoTokenizer.from_pretrained(target)
+    vocab_size = AutoConfig.from_pretrained(target).get_text_config().vocab_size
     model = None
     if data.regenerate:
         model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
         data = DataConfig(regenerated(model, tokenizer, data, config), data.row_length)
-    vocab_size = AutoConfig.from_pretrained(target).get_text_config().vocab_size
     found = load_training_rows(data.data, tokenizer, data.row_length, data.split, data.exclude, vocab_size)
-    available = max(len(found.ids) - found.held_out, 0)
-    if rows is not None and rows > available:
+    trained = found[: max(len(found.ids) - found.held_out, 0)]
+    available = len(trained.ids)
+    if available == 0 or (rows is not None and rows > available):
         raise ValueError(f"rows={rows}, but the data has {available} (and {found.held_out} held out).")
-    chosen = found[torch.from_numpy(np.random.default_rng(config.seed).permutation(available)[:rows])]
-    if len(chosen.ids) == 0:
-        raise ValueError(f"Nothing to train on: {len(found.ids)} rows, the last {found.held_out} of them held out.")
+    chosen = trained[torch.from_numpy(np.random.default_rng(config.seed).permutation(available)[:rows])]
     model = model or AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
     torch.manual_seed(config.seed)
     draft = FSPADDraftModel.from_target(model, **(draft_overrides or {}), draft_vocab_size=draft_vocab_size).float()
     if draft.config.draft_vocab_size is not None:
-        draft.draft_vocab_ids = frequent_ids(_documents(found[:available]).numpy(), draft.config.draft_vocab_size)
+        draft.draft_vocab_ids = frequent_ids(_documents(trained).numpy(), draft.config.draft_vocab_size)
     if target_name:
         draft.config.target_name_or_path = target_name
     features = TargetFeatures(model, keep=keep_features)
@@ -88,14 +85,22 @@ def run_training(
         values = "  ".join(f"{k} {record[k]:.3f}" for k in ("loss", "feature", "logit", "top1"))
         console.print(f"step {record['step']}/{config.steps}  {values}", highlight=False)
 
-    shown = int(chosen.mask.any(1).nonzero()[0])
-    console.print("A row of the data, what is trained on in green:", preview(tokenizer, *chosen.row(shown)))
+    _describe(chosen, tokenizer, config, console)
+    return train(draft, model, chosen.ids, chosen.mask, config, features, report, tokenizer, chosen.segments)
+
+
+def _describe(rows: TrainingRows, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, console):
+    """What is trained on, for human eyes: a loss mask gone wrong shows here and nowhere else."""
+    from .preview import preview
+
+    answered = rows.mask.any(1).nonzero()
+    console.print("A row of the data, what is trained on in green:")
+    console.print(preview(tokenizer, *rows.row(int(answered[0]) if len(answered) else 0)))
     console.print(
-        f"{len(chosen.ids)} rows of {chosen.ids.shape[1]}, {float(chosen.mask.float().mean()):.0%} in the loss; "
+        f"{len(rows.ids)} rows of {rows.ids.shape[1]}, {float(rows.mask.float().mean()):.0%} in the loss; "
         f"{asdict(config)}",
         highlight=False, markup=False,
     )  # fmt: skip
-    return train(draft, model, chosen.ids, chosen.mask, config, features, report, tokenizer, segments=chosen.segments)
 
 
 def regenerated(
@@ -121,6 +126,8 @@ def regenerated(
             data.regenerate_tokens, data.row_length, data.regenerate_rows, config.seed, excluded,
             lambda done: progress.update(task, completed=done),
         )  # fmt: skip
+    if not files:
+        raise ValueError(f"data={list(data.data)}: no conversation's first prompt fits in {data.row_length} tokens.")
     return [str(file) for file in files]
 
 

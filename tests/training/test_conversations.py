@@ -174,6 +174,9 @@ def test_files_that_datasets_reads(tmp_path, monkeypatch):
     assert load_conversations(str(tmp_path / "a.parquet")) == [CHAT, CHAT[:2]]
     (tmp_path / "a.json").write_text(json.dumps([{"messages": CHAT}]))
     assert load_conversations(str(tmp_path / "a.json")) == [CHAT]
+    (tmp_path / "b.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"b\.parquet' cannot be read"):
+        load_conversations(str(tmp_path / "b.parquet"))
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: asked.append((args, kwargs)) or made)
     assert len(load_conversations("user/chats", "test")) == 2
