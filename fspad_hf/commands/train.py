@@ -22,7 +22,7 @@ def add_arguments(parser) -> None:
     data.add_argument("--regenerate-rows", type=int, default=16, metavar="N", help="answers at once (default: 16)")
     parser.add_argument("--output", dest="output_dir", required=True, metavar="DIR")
     parser.add_argument("--target-name", metavar="HUB_ID", help="the target's name in the draft's config")
-    parser.add_argument("--rows", type=int, metavar="N", help="train on N rows (default: all but the last 512)")
+    parser.add_argument("--rows", type=int, metavar="N", help="train on N rows (default: all not held out)")
     parser.add_argument(
         "--draft-vocab-size", type=int, metavar="N", help="draft the N most frequent ids (default: all)"
     )

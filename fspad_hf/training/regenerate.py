@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .conversations import user_turns
 from .exclusion import is_excluded
-from .selfplay import SEED_STRIDE, eos_ids
+from .selfplay import SEED_STRIDE, eos_ids, target_identity
 from .shards import ShardFolder
-from .templates import encode, render, template_sha256
+from .templates import encode, render
 
 Conversation = list[dict[str, str]]
 
@@ -62,11 +62,7 @@ def regenerate(
         raise ValueError(f"None of {len(conversations)} conversations is left to answer: all hold excluded prompts.")
     settings = {
         "kind": "regenerated",
-        "target": target.name_or_path or type(target).__name__,
-        "revision": getattr(target.config, "_commit_hash", None),
-        "chat_template_sha256": template_sha256(tokenizer),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "device": target.device.type,
+        **target_identity(target, tokenizer),
         "conversations_sha256": sha256(json.dumps(asked).encode("utf-8")).hexdigest(),
         "temperature": temperature,
         "max_new_tokens": max_new_tokens,

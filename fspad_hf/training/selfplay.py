@@ -62,7 +62,7 @@ class RowFilter:
         self.asked: set[str] = set()
 
     def verdict(self, row: np.ndarray) -> str:
-        """ "kept", remembering the row, or why it is dropped."""
+        """Either "kept", and the row is remembered, or why it is dropped."""
         turns = self.glue.turns(row.tolist())
         asked = [(self.tokenizer.decode(row[a:b].tolist()), done) for role, a, b, done in turns if role == "user"]
         questions = [normalised(text) for text, done in asked if done]
@@ -122,8 +122,8 @@ def selfplay(
             keep.verdict(row)
     if folder.totals.get("rows", 0) >= config.rows:
         return folder.manifest
-    stop_ids = eos_ids(target, tokenizer)
-    tables = TurnTables(glue, stop_ids, special_ids(tokenizer), text_config.vocab_size, target.device)
+    stops, special = eos_ids(target, tokenizer), special_ids(tokenizer)
+    tables = TurnTables(glue, stops, special, text_config.vocab_size, target.device)
     decoder = SelfplayDecoder(
         target, tables, config.batch_rows, config.row_length, config.user_temperature, config.graph
     )
@@ -137,10 +137,8 @@ def selfplay(
 
     while folder.totals.get("rows", 0) < config.rows:
         number = len(folder.shards)
-        temperatures = [
-            config.temperatures[(number * config.batch_rows + i) % len(config.temperatures)]
-            for i in range(config.batch_rows)
-        ]
+        first = number * config.batch_rows
+        temperatures = [config.temperatures[(first + i) % len(config.temperatures)] for i in range(config.batch_rows)]
         made = decoder.rows(temperatures, config.seed * SEED_STRIDE + number, count).numpy().astype(dtype)
         kept, counts = _sift(made, temperatures, keep, config)
         content = io.BytesIO()
@@ -183,6 +181,17 @@ def eos_ids(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     return {token for token in (*stops, tokenizer.eos_token_id) if token is not None}
 
 
+def target_identity(target: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What a manifest says of the target: other weights, arithmetic or templates write other text."""
+    return {
+        "target": target.name_or_path or type(target).__name__,
+        "revision": getattr(target.config, "_commit_hash", None),
+        "chat_template_sha256": template_sha256(tokenizer),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": target.device.type,
+    }
+
+
 def _sift(made: np.ndarray, temperatures: list[float], keep: RowFilter, config: SelfplayConfig):
     """The rows that stay, and the shard's counts."""
     reasons = ("no_answer", "excluded", "same_row", "same_question")
@@ -213,11 +222,7 @@ def _settings(target: PreTrainedModel, tokenizer, config: SelfplayConfig, exclud
     """What the rows are a function of."""
     return {
         "kind": "selfplay",
-        "target": target.name_or_path or type(target).__name__,
-        "revision": getattr(target.config, "_commit_hash", None),
-        "chat_template_sha256": template_sha256(tokenizer),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "device": target.device.type,
+        **target_identity(target, tokenizer),
         "seed": config.seed,
         "row_length": config.row_length,
         "batch_rows": config.batch_rows,
