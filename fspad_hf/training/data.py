@@ -14,8 +14,8 @@ from .packing import pack
 from .shards import MANIFEST, read_manifest
 from .templates import TemplateProblem, assistant_span, template_sha256
 
-HELD_OUT_ROWS = 512  # the last rows of the data are never trained on
-HELD_OUT_SHARE = 20  # of packed conversations, of which there may be few, at most one row in so many
+HELD_OUT_ROWS = 512  # the last rows of the data are never trained on ...
+HELD_OUT_SHARE = 20  # ... but no more than one row in so many
 
 
 @dataclass
@@ -25,18 +25,21 @@ class TrainingRows:
         ids (`[rows, length]`): token ids.
         mask (`[rows, length]`): True on the assistant's tokens.
         segments (`[rows, length]`): the number of the document within its row, 0 on padding; `None`: a row is one.
-        held_out: so many of the last rows are never trained on.
     """
 
     ids: torch.LongTensor
     mask: torch.BoolTensor
     segments: torch.LongTensor | None
-    held_out: int
+
+    @property
+    def held_out(self) -> int:
+        """So many of the last rows are never trained on."""
+        return min(HELD_OUT_ROWS, len(self.ids) // HELD_OUT_SHARE)
 
     def __getitem__(self, rows) -> "TrainingRows":
-        """Some of the rows, none of them held out."""
+        """Some of the rows."""
         segments = None if self.segments is None else self.segments[rows]
-        return TrainingRows(self.ids[rows], self.mask[rows], segments, 0)
+        return TrainingRows(self.ids[rows], self.mask[rows], segments)
 
     def row(self, number: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """Ids and mask (`[tokens]`) of a row without its padding."""
@@ -156,7 +159,7 @@ def _token_rows(data: Sequence[str | Path], tokenizer, excluded: list[str]) -> T
     ids = torch.from_numpy(load_token_rows(data).astype(np.int64))
     if ids.numel() == 0:
         raise ValueError(f"data={[str(source) for source in data]} holds no rows: expected token ids, [rows, length].")
-    return TrainingRows(ids, span_mask(ids, *assistant_span(tokenizer)), None, HELD_OUT_ROWS)
+    return TrainingRows(ids, span_mask(ids, *assistant_span(tokenizer)), None)
 
 
 def _packed(data: Sequence[str | Path], tokenizer, row_length: int, split: str, excluded: list[str]) -> TrainingRows:
@@ -183,4 +186,4 @@ def _packed(data: Sequence[str | Path], tokenizer, row_length: int, split: str, 
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     ids, mask, segments = pack(documents, row_length, padding)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))  # packing sorts by length
-    return TrainingRows(ids[order], mask[order], segments[order], min(HELD_OUT_ROWS, len(ids) // HELD_OUT_SHARE))
+    return TrainingRows(ids[order], mask[order], segments[order])

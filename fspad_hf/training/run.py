@@ -65,9 +65,9 @@ def run_training(
         model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
         data = DataConfig(regenerated(model, tokenizer, data, config), data.row_length)
     found = load_training_rows(data.data, tokenizer, data.row_length, data.split, data.exclude, vocab_size)
-    trained = found[: max(len(found.ids) - found.held_out, 0)]
+    trained = found[: len(found.ids) - found.held_out]
     available = len(trained.ids)
-    if available == 0 or (rows is not None and rows > available):
+    if rows is not None and not 0 < rows <= available:
         raise ValueError(f"rows={rows}, but the data has {available} (and {found.held_out} held out).")
     chosen = trained[torch.from_numpy(np.random.default_rng(config.seed).permutation(available)[:rows])]
     model = model or AutoModelForCausalLM.from_pretrained(target, dtype=dtype)

@@ -260,7 +260,7 @@ def test_conversations_become_rows(tmp_path):
             found.append((rows.ids[row, here].tolist(), rows.mask[row, here].tolist()))
     expected = [tokenize(tokenizer, chat[: len(chat) // 2 * 2]) for chat in chats]  # no unanswered turn at the end
     assert sorted(found) == sorted(expected)
-    assert rows.held_out == len(rows.ids) // 20
+    assert rows.held_out == len(rows.ids) // 20 and rows[[0] * 30_000].held_out == 512
     again = load_training_rows([tmp_path / "a.jsonl"], tokenizer, row_length=128)
     assert torch.equal(again.ids, rows.ids)
     (tmp_path / "no.txt").write_text(f"{chats[1][0]['content'].upper()}\n")

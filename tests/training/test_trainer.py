@@ -140,8 +140,9 @@ def test_the_command_trains_a_draft_that_generate_takes(llama, rows, tokenizer, 
     places = {"--target": "target", "--data": "ids.npy", "--output": "draft"}
     arguments = ["train", *(x for option, name in places.items() for x in (option, str(tmp_path / name)))]
     arguments += ["--steps", "3", "--batch-rows", "2", "--micro-rows", "2"]
-    assert main([*arguments, "--rows", "9"]) == 2 and "512 held out" in capsys.readouterr().err
-    monkeypatch.setattr(training_data, "HELD_OUT_ROWS", 2)
+    monkeypatch.setattr(training_data, "HELD_OUT_SHARE", 6)
+    for rows_asked in ("11", "0"):
+        assert main([*arguments, "--rows", rows_asked]) == 2 and "has 10 (and 2 held out)" in capsys.readouterr().err
     assert (
         main(
             [*arguments, "--rows", "8", "--keep-features", "--target-name", "user/target", "--draft-vocab-size", "20"]
