@@ -1,6 +1,13 @@
 """Chat templates of several families, and a tokenizer of one character a token for each."""
 
+import json
+
+import torch
 import transformers as tf
+
+from fspad_hf.training.templates import derive_glue
+
+from .. import tiny
 
 CHATML = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|im_start|>system\nbe nice<|im_end|>\n"
@@ -34,6 +41,12 @@ TEMPLATES = {  # template, special tokens (EOS first)
     "gemma": (GEMMA, ["<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]),
     "mistral": (MISTRAL, ["</s>", "<s>", "[INST]", "[/INST]"]),
 }
+CHAT = [
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "yes?"},
+    {"role": "user", "content": "why"},
+    {"role": "assistant", "content": "so \n.  so"},
+]
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz \n.,?!:;'-_0123456789ABCDEFGH"
 
 
@@ -48,3 +61,39 @@ def chat_tokenizer(family: str, template: str | None = None):
     return tf.PreTrainedTokenizerFast(
         tokenizer_object=made, eos_token=special[0], unk_token="_", chat_template=template or known
     )
+
+
+SPEECH = 3.0  # how much likelier than the rest a turn's end is made, so that short rows hold several turns
+
+
+def talker(name: str = "llama", family: str = "chatml", attention: str = "sdpa"):
+    """A tiny target that ends its turns now and then, and the tokenizer of a family."""
+    tokenizer = chat_tokenizer(family)
+    model = tiny.build(name, attention)
+    stops = {tokenizer.eos_token_id, derive_glue(tokenizer).to_assistant[0], derive_glue(tokenizer).to_user[0]}
+    head = model.get_output_embeddings()
+    with torch.no_grad():  # a bias on the ends of turns, where tiny heads have none
+        bias = torch.zeros(head.weight.shape[0])
+        bias[list(stops)] = SPEECH
+        head.bias = torch.nn.Parameter(bias)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def write_chats(path, count=30):
+    words = ["hi", "why", "so what", "and then?", "a long one, not too long", "ok"]
+    chats = [
+        [{"role": ("user", "assistant")[i % 2], "content": f"{words[(n + i) % 6]} {n}"} for i in range(2 + n % 3)]
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return chats
+
+
+def saved_target(path, tokenizer):
+    model = tiny.build("llama")
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = 0
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return model
