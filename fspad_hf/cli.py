@@ -6,9 +6,10 @@ import sys
 
 # modules of fspad_hf.commands, as --help lists them
 COMMANDS = (
-    "demo", "chat", "verify", "bench", "acceptance", "train", "calibrate", "convert", "push", "export-custom-generate",
+    "demo", "chat", "verify", "bench", "acceptance", "selfplay", "train", "calibrate", "convert", "push",
+    "export-custom-generate",
 )  # fmt: skip
-EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "matplotlib": "bench"}
+EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "datasets": "train", "matplotlib": "bench"}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,14 +8,19 @@ likelihood of draws at T = 1 on held-out text; nothing is decoded.
 Legend: p the target's distribution, q the draft's, E a row of Exp(1) noise, x = argmax(log p - log E) the draw.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from ..generation.probe import probe
 from ..generation.target import Target
+from ..loading import load_models
 from ..modeling_fspad import FSPADDraftModel
+from ..pretrained import draft_config
+from ..runtime import status, write_file
+from .data import load_training_rows
 
 SHARPNESS = (0.8, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
 KAPPA = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.3, 2.0, 4.0)
@@ -98,3 +103,35 @@ def _places(tokens: torch.LongTensor, drafted_ids: torch.LongTensor, vocab_size:
     places[drafted_ids] = torch.arange(len(drafted_ids), device=tokens.device)
     places = places[tokens]
     return places, places[:, 0] >= 0
+
+
+def run_calibration(
+    target: str | None, draft: str | None, data: Sequence[str], rows: int, positions: int, seed: int = 0,
+    device: str | None = None, dtype: str | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """
+    `fspad-hf calibrate`: [`fit_coupling`] on the last rows of `data`; the draft's config.json is rewritten.
+
+    Args:
+        draft: the draft's folder.
+        data: rows of token ids, see [`load_training_rows`].
+        rows: use so many rows, from the end, where [`run_training`] holds some out.
+    """
+    from rich.console import Console
+
+    if draft is not None and not Path(draft).is_dir():
+        raise ValueError(f"draft={draft!r} is not a folder: expected a local draft, whose config.json is rewritten.")
+    if rows < 1:
+        raise ValueError(f"rows={rows} leaves no text to fit to: expected 1 or more.")
+    models = load_models(target, draft, device, dtype, cpu_tree=False)
+    found = load_training_rows(data, models.tokenizer, vocab_size=models.target.config.get_text_config().vocab_size)
+    if found.segments is not None:
+        raise ValueError(f"data={list(data)} are conversations: expected rows of token ids; write them with selfplay.")
+    with status(f"Drawing at {positions} tokens of {min(rows, len(found.ids))} rows"):
+        fitted = fit_coupling(models.draft, models.target, found.ids[-rows:], found.mask[-rows:], positions, seed)
+    config = draft_config(models.draft_name)
+    config.coupling_sharpness, config.coupling_kappa = fitted["sharpness"], fitted["kappa"]
+    write_file(Path(models.draft_name) / "config.json", config.to_json_string())
+    values = "  ".join(f"{name} {value:.3g}" for name, value in fitted.items())
+    Console().print(f"{models.draft_name}/config.json: {values}", highlight=False, soft_wrap=True)
+    return fitted

@@ -1,10 +1,93 @@
-"""Token rows and loss masks."""
+"""What a draft is trained on: rows of token ids, their loss masks, and where documents share a row their segments."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
+
+from .conversations import load_conversations, tokenize, user_turns
+from .exclusion import is_excluded, load_excluded
+from .packing import pack
+from .shards import MANIFEST, read_manifest
+from .templates import TemplateProblem, assistant_span, template_sha256
+
+HELD_OUT_ROWS = 512  # the last rows of the data are never trained on ...
+HELD_OUT_SHARE = 20  # ... but no more than one row in so many
+
+
+@dataclass
+class TrainingRows:
+    """
+    Args:
+        ids (`[rows, length]`): token ids.
+        mask (`[rows, length]`): True on the assistant's tokens.
+        segments (`[rows, length]`): the number of the document within its row, 0 on padding; `None`: a row is one.
+    """
+
+    ids: torch.LongTensor
+    mask: torch.BoolTensor
+    segments: torch.LongTensor | None
+
+    @property
+    def held_out(self) -> int:
+        """So many of the last rows are never trained on."""
+        return min(HELD_OUT_ROWS, len(self.ids) // HELD_OUT_SHARE)
+
+    def __getitem__(self, rows) -> "TrainingRows":
+        """Some of the rows."""
+        segments = None if self.segments is None else self.segments[rows]
+        return TrainingRows(self.ids[rows], self.mask[rows], segments)
+
+    def row(self, number: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Ids and mask (`[tokens]`) of a row without its padding."""
+        used = slice(None) if self.segments is None else self.segments[number] > 0
+        return self.ids[number][used], self.mask[number][used]
+
+
+def load_training_rows(
+    data: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, row_length: int = 1024, split: str = "train",
+    exclude: Sequence[str | Path] = (), vocab_size: int | None = None,
+) -> TrainingRows:  # fmt: skip
+    """
+    Rows to train on, from whatever `--data` names.
+
+    Args:
+        data: .npy files of token ids or folders of them (a self-play folder is one); or conversations, see
+            [`load_conversations`]. Not both.
+        tokenizer: the target's; its chat template tells which tokens are the assistant's.
+        row_length: of packed conversations; .npy rows have their own.
+        split: of a Hub data set.
+        exclude: files of prompts, see [`load_excluded`]; conversations that hold one are dropped.
+        vocab_size: the target's; no id may reach it.
+
+    Raises:
+        ValueError: nothing there, both kinds at once, data of another tokenizer or template, or a mask that is all
+            True or all False.
+    """
+    kinds = {bool(is_token_rows(source)) for source in data}
+    if len(kinds) != 1:
+        raise ValueError(f"data={[str(source) for source in data]}: expected token rows or conversations, not both.")
+    excluded = load_excluded(exclude)
+    if kinds.pop():
+        rows = _token_rows(data, tokenizer, excluded)
+    else:
+        rows = _packed(data, tokenizer, row_length, split, excluded)
+    highest = int(rows.ids.max())
+    if vocab_size is not None and highest >= vocab_size:
+        raise ValueError(
+            f"The data holds token id {highest}, the target has {vocab_size}: it was made with another target's "
+            "tokenizer; write rows with fspad-hf selfplay, or pass conversations."
+        )
+    if rows.mask.all() or not rows.mask.any():
+        share = "every" if rows.mask.any() else "no"
+        raise ValueError(
+            f"By the chat template {share} token of data={[str(source) for source in data]} is the assistant's: "
+            "expected some; the rows may be of another target's template."
+        )
+    return rows
 
 
 def load_token_rows(paths: Sequence[str | Path]) -> np.ndarray:
@@ -37,16 +120,70 @@ def span_mask(ids: torch.LongTensor, opening: Sequence[int], closing: Sequence[i
         closing: the ids that end it, such as that of `<|im_end|>`.
     """
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, row_mask in zip(ids.tolist(), mask, strict=True):
-        at = 0
-        while (start := _find(row, opening, at)) >= 0:
-            start += len(opening)
-            end = _find(row, closing, start)
-            at = len(row) if end < 0 else end + len(closing)
-            row_mask[start:at] = True
+    for row, row_mask in zip(ids, mask, strict=True):
+        openings, closings, at = _places(row, opening), _places(row, closing), 0
+        for start in openings:
+            if start >= at:
+                start += len(opening)
+                end = next((end for end in closings if end >= start), None)
+                at = len(row) if end is None else end + len(closing)
+                row_mask[start:at] = True
     return mask
 
 
-def _find(row: list[int], pattern: Sequence[int], start: int) -> int:
-    pattern = list(pattern)
-    return next((i for i in range(start, len(row) - len(pattern) + 1) if row[i : i + len(pattern)] == pattern), -1)
+def _places(row: torch.LongTensor, pattern: Sequence[int]) -> list[int]:
+    if len(row) < len(pattern):
+        return []
+    return (row.unfold(0, len(pattern), 1) == torch.tensor(list(pattern))).all(-1).nonzero()[:, 0].tolist()
+
+
+def is_token_rows(source: str | Path) -> bool:
+    """Whether `--data` names rows of token ids, not conversations."""
+    path = Path(source)
+    return path.is_dir() or path.suffix == ".npy"
+
+
+def _token_rows(data: Sequence[str | Path], tokenizer, excluded: list[str]) -> TrainingRows:
+    if excluded:
+        raise ValueError(
+            "exclude works on conversations: write token rows without those prompts by fspad-hf selfplay."
+        )
+    for folder in map(Path, data):
+        if (folder / MANIFEST).exists():
+            made = read_manifest(folder)["settings"]
+            if made.get("chat_template_sha256") != template_sha256(tokenizer):
+                raise ValueError(
+                    f"data={str(folder)!r} was written by {made.get('target')!r} in another chat template than this "
+                    "target's: expected rows of the same target; write them with fspad-hf selfplay."
+                )
+    ids = torch.from_numpy(load_token_rows(data).astype(np.int64))
+    if ids.numel() == 0:
+        raise ValueError(f"data={[str(source) for source in data]} holds no rows: expected token ids, [rows, length].")
+    return TrainingRows(ids, span_mask(ids, *assistant_span(tokenizer)), None)
+
+
+def _packed(data: Sequence[str | Path], tokenizer, row_length: int, split: str, excluded: list[str]) -> TrainingRows:
+    if row_length < 8:
+        raise ValueError(f"row_length={row_length} is too short for a conversation: expected 8 or more.")
+    documents = []
+    for source in data:
+        for number, messages in enumerate(load_conversations(str(source), split), start=1):
+            while messages and messages[-1]["role"] != "assistant":
+                messages = messages[:-1]  # what no answer follows trains nothing
+            if not messages or is_excluded(user_turns(messages), excluded):
+                continue
+            try:
+                ids, mask = tokenize(tokenizer, messages)
+            except TemplateProblem as error:
+                raise TemplateProblem(f"{source}, record {number}: {error}") from error
+            if any(mask[:row_length]):
+                documents.append((ids, mask))
+    if not documents:
+        raise ValueError(
+            f"data={[str(source) for source in data]} holds no answer within {row_length} tokens: expected "
+            "conversations with turns of the assistant, or a longer row_length."
+        )
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    ids, mask, segments = pack(documents, row_length, padding)
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))  # packing sorts by length
+    return TrainingRows(ids[order], mask[order], segments[order])

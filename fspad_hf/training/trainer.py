@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..generation.target import attention_windows
 from ..modeling_fspad import FSPADDraftModel
 from .losses import LossSums, SampledHead, fspad_loss
+from .packing import segment_mask, segment_positions
 
 
 @dataclass
@@ -51,18 +53,36 @@ class TargetFeatures:
 
     def __init__(self, target: PreTrainedModel, keep: bool = False):
         self.decoder, self.kept = target.get_decoder(), {} if keep else None
+        self.text_config, self.dtype = target.config.get_text_config(), target.dtype
 
     @torch.no_grad()
-    def __call__(self, rows: list[int], ids: torch.LongTensor) -> torch.Tensor:
-        """Row numbers and ids `[rows, length]` in, features `[rows, length, hidden]` out."""
+    def __call__(
+        self, rows: list[int], ids: torch.LongTensor, segments: torch.LongTensor | None = None
+    ) -> torch.Tensor:
+        """
+        Row numbers, ids and segments `[rows, length]` in, features `[rows, length, hidden]` out.
+
+        With segments no token sees another segment's, and positions start again with each.
+        """
         if self.kept is None:
-            return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+            return self._features(ids, segments)
         missing = [i for i, row in enumerate(rows) if row not in self.kept]
         if missing:
-            features = self.decoder(input_ids=ids[missing], use_cache=False).last_hidden_state
+            features = self._features(ids[missing], None if segments is None else segments[missing])
             for i, row_features in zip(missing, features, strict=True):
                 self.kept[rows[i]] = row_features.to("cpu", torch.float16)
         return torch.stack([self.kept[row] for row in rows]).to(ids.device, torch.float32)
+
+    def _features(self, ids: torch.LongTensor, segments: torch.LongTensor | None) -> torch.Tensor:
+        if segments is None:
+            return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        windows = attention_windows(self.text_config)
+        masks = {kind: segment_mask(segments, self.dtype, window) for kind, window in windows.items()}
+        mask = masks if len(masks) > 1 else next(iter(masks.values()))
+        positions = segment_positions(segments)
+        return self.decoder(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
+        ).last_hidden_state
 
 
 def draft_loss(
@@ -73,6 +93,7 @@ def draft_loss(
     features: torch.Tensor,
     mask: torch.BoolTensor,
     noise: float = 0.0,
+    segments: torch.LongTensor | None = None,
 ) -> LossSums:
     """
     The loss sums of a batch of rows. Position t reads (f_t + noise, e_{t+1}), and is held against f_{t+1}.
@@ -80,32 +101,58 @@ def draft_loss(
     Args:
         ids (`[rows, length]`), features (`[rows, length, hidden]`): the rows and the target's features of them.
         mask (`[rows, length]`): True on the assistant's tokens.
-        noise: half-width of the uniform noise at length 512; rows of another length get it scaled by 512 / length.
+        noise: half-width of the uniform noise at length 512; rows of another length get it scaled by 512 / length,
+            packed documents each by their own length.
+        segments (`[rows, length]`): the document of each token, see [`pack`]; a document's draft sees no other's.
     """
-    inputs = features[:, :-1]
+    inputs, packing = features[:, :-1], {}
+    if segments is not None:
+        packing["position_ids"] = segment_positions(segments)[:, :-1]
+        packing["attention_mask"] = segment_mask(segments[:, :-1], inputs.dtype)
+        mask = mask & _continues(segments)
     if noise:
-        inputs = inputs + (torch.rand_like(inputs) * 2 - 1) * (noise * 512 / ids.shape[1])
+        inputs = inputs + (torch.rand_like(inputs) * 2 - 1) * (noise * 512 / _document_lengths(ids, segments))
     with torch.no_grad():
         inputs_embeds = embedding(ids[:, 1:])
-    out = draft(inputs_embeds=inputs_embeds, features=inputs)
+    out = draft(inputs_embeds=inputs_embeds, features=inputs, **packing)
     return fspad_loss(out.logit_features, out.features, features[:, 1:], mask[:, 1:], head)
 
 
+def _continues(segments: torch.LongTensor) -> torch.BoolTensor:
+    """`[rows, length]`: True where a token goes on with the document of the token before it."""
+    inside = segments > 0
+    inside[:, 0] = False
+    inside[:, 1:] &= segments[:, 1:] == segments[:, :-1]
+    return inside
+
+
+def _document_lengths(ids: torch.LongTensor, segments: torch.LongTensor | None) -> int | torch.Tensor:
+    """The length of a row, or `[rows, length - 1, 1]` of the document that each input belongs to."""
+    if segments is None:
+        return ids.shape[1]
+    counts = torch.zeros_like(segments).scatter_add_(1, segments, torch.ones_like(segments))
+    return counts.gather(1, segments)[:, :-1, None]
+
+
 @torch.no_grad()
-def warm_start(draft: FSPADDraftModel, embedding: nn.Module, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]):
+def warm_start(draft: FSPADDraftModel, embedding: nn.Module, batches: Iterable[tuple[torch.Tensor, ...]]):
     """
     Starts the draft at the best linear guess: `fc` solves the ridge regression f_{t+1} ~ W [e_{t+1}; f_t] + b in
     closed form, and every residual branch starts at zero.
 
     Args:
-        batches: (ids `[rows, length]`, features `[rows, length, hidden]`); some 100,000 tokens are plenty.
+        batches: (ids `[rows, length]`, features `[rows, length, hidden]`) and, for packed rows, segments
+            `[rows, length]` or `None`; some 100,000 tokens are plenty.
     """
     gram = cross = 0.0
-    for ids, features in batches:
-        x = torch.cat((embedding(ids[:, 1:]), features[:, :-1]), dim=-1).flatten(0, 1).double()
+    for ids, features, *rest in batches:
+        segments = rest[0] if rest else None
+        kept = torch.ones_like(ids, dtype=torch.bool) if segments is None else _continues(segments)
+        kept = kept[:, 1:].to(features.device)
+        x = torch.cat((embedding(ids[:, 1:]), features[:, :-1]), dim=-1)[kept].double()
         x = torch.cat((x, torch.ones_like(x[:, :1])), dim=-1)
         gram = gram + x.T @ x
-        cross = cross + x.T @ features[:, 1:].flatten(0, 1).double()
+        cross = cross + x.T @ features[:, 1:][kept].double()
     ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     solution = torch.linalg.solve(gram + ridge, cross)
     fc = draft.feature_sampler.fc
@@ -135,6 +182,7 @@ def train(
     features: Callable[[list[int], torch.LongTensor], torch.Tensor] | None = None,
     report: Callable[[dict], None] = lambda record: None,
     tokenizer=None,
+    segments: torch.LongTensor | None = None,
 ) -> FSPADDraftModel:
     """
     Trains `draft` in place and saves it under `config.output_dir`; picks an interrupted run up where it stood.
@@ -145,6 +193,7 @@ def train(
         rows (`[rows, length]`), masks (`[rows, length]`): token ids, and True on the assistant's tokens.
         features: as [`TargetFeatures`], which is the default.
         tokenizer: the target's, saved with the draft.
+        segments (`[rows, length]`): of packed rows, see [`pack`]; `features` is then called with the batch's, too.
         report: called with a record (step, loss, feature, logit, top1, tokens) after each step.
 
     Raises:
@@ -163,7 +212,8 @@ def train(
     target = target.eval().requires_grad_(False)
     features = features or TargetFeatures(target)
     embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
-    frequent = rows.flatten().bincount(minlength=target.config.get_text_config().vocab_size).argsort(descending=True)
+    used = rows.flatten() if segments is None else rows[segments > 0]
+    frequent = used.bincount(minlength=target.config.get_text_config().vocab_size).argsort(descending=True)
     optimizer = torch.optim.AdamW(draft.parameters(), betas=config.betas, weight_decay=config.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(draft.train(), optimizer)
     output = Path(config.output_dir)
@@ -191,8 +241,10 @@ def train(
         }
         for i, numbers in enumerate(micro_batches):
             ids, mask = rows[numbers].to(device).long(), masks[numbers].to(device)
+            parts = None if segments is None else segments[numbers].to(device)
+            known = features(numbers, ids) if parts is None else features(numbers, ids, parts)
             with accelerator.autocast(), _sync_on(accelerator, model, i == len(micro_batches) - 1):
-                sums = draft_loss(model, embedding, step_head, ids, features(numbers, ids), mask, config.noise)
+                sums = draft_loss(model, embedding, step_head, ids, known, mask, config.noise, parts)
                 loss = (config.feature_weight * sums.feature + config.logit_weight * sums.logit) / positions
                 accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
             for name in ("feature", "logit", "top1"):

@@ -126,20 +126,23 @@ def test_spans():
 
 def test_the_command_trains_a_draft_that_generate_takes(llama, rows, tokenizer, tmp_path, monkeypatch, capsys):
     from fspad_hf.cli import main
+    from fspad_hf.training import data as training_data
     from fspad_hf.training import run
+    from fspad_hf.training.templates import assistant_span
 
     llama.save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")
-    opening, closing = run.assistant_span(tokenizer)
-    assert (tokenizer.decode(opening), closing) == ("<a>", [tokenizer.eos_token_id])
+    opening, closing = assistant_span(tokenizer)
+    assert (tokenizer.decode(opening), tokenizer.decode(closing)) == ("<a>", "|")
     data = rows.clone()
     data[:, 6 : 6 + len(opening)] = torch.tensor(opening)
     np.save(tmp_path / "ids.npy", data.numpy().astype(np.uint16))
     places = {"--target": "target", "--data": "ids.npy", "--output": "draft"}
     arguments = ["train", *(x for option, name in places.items() for x in (option, str(tmp_path / name)))]
     arguments += ["--steps", "3", "--batch-rows", "2", "--micro-rows", "2"]
-    assert main([*arguments, "--rows", "9"]) == 2 and "512 held out" in capsys.readouterr().err
-    monkeypatch.setattr(run, "HELD_OUT_ROWS", 2)
+    monkeypatch.setattr(training_data, "HELD_OUT_SHARE", 6)
+    for rows_asked in ("11", "0"):
+        assert main([*arguments, "--rows", rows_asked]) == 2 and "has 10 (and 2 held out)" in capsys.readouterr().err
     assert (
         main(
             [*arguments, "--rows", "8", "--keep-features", "--target-name", "user/target", "--draft-vocab-size", "20"]

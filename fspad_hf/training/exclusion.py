@@ -1,0 +1,49 @@
+"""Prompts that training data must not contain: those a draft is measured on."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+
+def normalised(text: str) -> str:
+    """Lower case, and single spaces in place of any white space."""
+    return " ".join(text.split()).casefold()
+
+
+def load_excluded(paths: Sequence[str | Path]) -> list[str]:
+    """
+    The prompts to keep out, normalised.
+
+    Args:
+        paths: JSONL files of objects with `turns` (Spec-Bench's question.jsonl), every turn a prompt; or, with any
+            other suffix, text files of one prompt a line.
+
+    Raises:
+        ValueError: a file without prompts, or a line that is no such object.
+    """
+    prompts: dict[str, None] = {}
+    for path in map(Path, paths):
+        found = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                found += _turns(path, number, line) if path.suffix == ".jsonl" else [line]
+        found = [prompt for prompt in map(normalised, found) if prompt]
+        if not found:
+            raise ValueError(f"exclude={str(path)!r} holds no prompts: expected question.jsonl, or one prompt a line.")
+        prompts.update(dict.fromkeys(found))
+    return list(prompts)
+
+
+def is_excluded(user_turns: Iterable[str], prompts: Sequence[str]) -> bool:
+    """Whether one of the user's turns contains one of the (normalised) prompts."""
+    return any(prompt in text for text in map(normalised, user_turns) for prompt in prompts)
+
+
+def _turns(path: Path, number: int, line: str) -> list[str]:
+    try:
+        turns = json.loads(line)["turns"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}, line {number}: expected a JSON object with `turns` ({error!r}).") from error
+    if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
+        raise ValueError(f"{path}, line {number}: `turns` is {str(turns)[:60]!r}: expected a list of texts.")
+    return turns
