@@ -28,7 +28,7 @@ class RunStreamer(BaseStreamer):
         self._flush(ACCEPTED_STYLES[self._rounds % len(ACCEPTED_STYLES)])
         self._held = int(value)
 
-    def on_round(self) -> None:
+    def on_round(self, tree=None) -> None:
         """Called by FSPAD before each round's first token."""
         self._flush(OWN_STYLE)
         self._rounds += 1

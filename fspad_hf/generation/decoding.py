@@ -60,7 +60,8 @@ def tree_decoding(
     """
     `GenerationMixin._sample` for one sequence, several tokens a forward, the same tokens.
 
-    A streamer may have a method `on_round()`; it is called before each round's first token.
+    A streamer may have a method `on_round(tree)`: it is called before each round's first token with the tree that the
+    tokens put after it walk, and must leave that tree as it is.
 
     Args:
         model: a target that [`probe`] has passed.
@@ -98,7 +99,7 @@ def tree_decoding(
             tree = generator.grow(emitter.input_ids[:, -1:], depth)
             logits, features = target.verify(tree, arena, prefix, position=length - 1 + offset)
             if on_round is not None:
-                on_round()
+                on_round(tree)
             path: list[int] = []
             try:
                 walk(tree, logits, emitter, path)
