@@ -1,0 +1,317 @@
+"""The documentation holds: every block of README.md and docs/*.md runs, on tiny models in place of those it names."""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import random
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from packaging.requirements import Requirement
+
+import fspad_hf
+from fspad_hf import cli, demo_target
+from fspad_hf.generation import hook
+
+from . import tiny
+from .conftest import fresh_draft
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+TARGET, DRAFT = "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-FSPAD"
+SLOW = ("benchmarks", "training")
+NOT_RUN = {
+    ("docs/quickstart.md", "fspad-hf chat --temperature 0.7"),
+    (
+        "docs/training.md",
+        "fspad-hf convert path/or/hub-id-of-the-checkpoint --target path/or/hub-id --output my-draft",
+    ),
+}
+SMALL = {  # what stands in the documents, or the default, would take minutes
+    "demo": {"--max-new-tokens": "5"},
+    "explain": {"--max-new-tokens": "8"},
+    "bench": {"--max-new-tokens": "5", "--per-task": "1", "--turns": "1", "--methods": "prompt-lookup fspad"},
+    "acceptance": {"--max-new-tokens": "5", "--per-task": "1"},
+    "train": {"--steps": "2", "--batch-rows": "4", "--micro-rows": "4"},
+    "calibrate": {"--positions": "64"},
+    "selfplay": {"--rows": "48", "--row-length": "48", "--batch-rows": "48"},
+}
+FENCE = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n\n?)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.S | re.M)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A fenced block, and what the comment before it says: `not run: ...`, `needs the command ...`, `file: ...`."""
+
+    document: str
+    line: int
+    language: str
+    text: str
+    mark: str
+
+    def __str__(self) -> str:
+        return f"{self.document}, line {self.line}"
+
+    @property
+    def is_run(self) -> bool:
+        needed = re.fullmatch(r"needs the command ([\w-]+)", self.mark)
+        return not self.mark.startswith("not run: ") and (needed is None or needed[1] in cli.COMMANDS)
+
+
+def blocks(document: str) -> list[Block]:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert text.count("\n```") % 2 == 0, f"{document} has a block that is not closed"
+    found = [
+        Block(document, text[: match.start("text")].count("\n"), match["language"], match["text"], match["mark"] or "")
+        for match in FENCE.finditer(text)
+    ]
+    assert len(found) == text.count("\n```") / 2
+    return found
+
+
+def commands(block: Block) -> list[list[str]]:
+    """The words of each command of a bash block: lines joined and split as a shell would, `&&` between two."""
+    found = []
+    for line in block.text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            found.append(words[:end])
+            words = words[end + 1 :]
+    return found
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, tokenizer):
+    """A folder of all that the documents name: models, token rows and questions."""
+    folder = tmp_path_factory.mktemp("stock")
+    model = tiny.build("llama")
+    model.save_pretrained(folder / "cache" / TARGET)
+    tokenizer.save_pretrained(folder / "cache" / TARGET)
+    draft = fresh_draft(model, tree_depth=3, tree_top_k=3, tree_total_nodes=8)
+    draft.save_pretrained(folder / "hub_cards" / DRAFT, tokenizer=tokenizer)
+    choose = random.Random(0)
+    texts = [f"<u>why {choose.random()}|<a>because {choose.random()}|".ljust(64, "|")[:64] for _ in range(540)]
+    rows = np.array([tokenizer.encode(text, add_special_tokens=False)[:40] for text in texts], dtype=np.uint16)
+    (folder / "files" / "rows").mkdir(parents=True)
+    np.save(folder / "files" / "rows.npy", rows)
+    categories = ("writing", "translation", "summarization", "qa", "math_reasoning", "rag")
+    lines = [json.dumps({"category": category, "turns": ["Why?", "And then?"]}) for category in categories]
+    (folder / "files" / "question.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+class Runner:
+    """Runs the blocks of one document, one after the other, in one folder and one namespace."""
+
+    def __init__(self, stock: Path, folder: Path, monkeypatch):
+        self.stock, self.folder, self.monkeypatch = stock, folder, monkeypatch
+        self.names = {
+            "path/or/hub-id-of-its-draft": stock / "hub_cards" / DRAFT,
+            "path/or/hub-id": stock / "cache" / TARGET,
+            f"HuggingFaceTB/{TARGET}": stock / "cache" / TARGET,
+        }
+        # What the README's first block takes as given.
+        ids = torch.tensor([[1, 17, 5, 40, 9]])
+        self.namespace = {"inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
+        self._enter(folder)
+
+    def run(self, block: Block) -> None:
+        if block.mark.startswith("file: "):
+            (self.folder / block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
+        if not block.is_run:
+            return
+        if block.language == "python":
+            exec(compile(self._localised(block.text), str(block), "exec"), self.namespace)
+        elif block.language == "bash":
+            for words in commands(block):
+                self._command(words, block)
+        elif block.language == "json":
+            assert [json.loads(line) for line in block.text.splitlines()]
+
+    def _command(self, words: list[str], block: Block) -> None:
+        known = {"fspad-hf": self._fspad, "pip": check_pip, "pytest": check_pytest, "mkdir": self._mkdir,
+                 "cd": lambda arguments: self._enter(self.folder / arguments[0]),
+                 "python": check_venv, ".": lambda arguments: None}  # fmt: skip
+        assert words[0] in known, f"{block}: no test knows how to run {shlex.join(words)}"
+        known[words[0]](words[1:])
+
+    def _fspad(self, arguments: list[str]) -> None:
+        options = vars(cli._parser().parse_args(arguments))
+        arguments = [self._localised(argument) for argument in arguments]
+        for option, value in SMALL.get(arguments[0], {}).items():
+            arguments = with_option(arguments, option, value.split())
+        if arguments[0] == "bench" and "--prompts" in arguments:
+            arguments = with_option(arguments, "--per-task", [])
+        if "device" in options:
+            arguments = with_option(arguments, "--device", ["cpu"])
+        if "row_length" in options:
+            arguments = with_option(arguments, "--row-length", ["48"])
+        if arguments[0] == "bench" and importlib.util.find_spec("matplotlib") is None:
+            return
+        assert cli.main(arguments) == 0, f"fspad-hf {shlex.join(arguments)}"
+
+    def _mkdir(self, arguments: list[str]) -> None:
+        (self.folder / arguments[-1]).mkdir(parents="-p" in arguments)
+
+    def _enter(self, folder: Path) -> None:
+        """Also puts there what a reader would have brought."""
+        self.folder = folder
+        self.monkeypatch.chdir(folder)
+        for path in (self.stock / "files").glob("*.*"):
+            (folder / path.name).write_bytes(path.read_bytes())
+        if "selfplay" not in cli.COMMANDS:  # its rows are needed by what follows
+            (folder / "rows").mkdir()
+            (folder / "rows" / "rows.npy").write_bytes((self.stock / "files" / "rows.npy").read_bytes())
+
+    def _localised(self, text: str) -> str:
+        for name in sorted(self.names, key=len, reverse=True):
+            text = text.replace(name, str(self.names[name]))
+        return text
+
+
+def with_option(arguments: list[str], option: str, values: list[str]) -> list[str]:
+    """The arguments with other values of an option; without values it is left out."""
+    if option in arguments:
+        start = arguments.index(option)
+        end = start + 1
+        while end < len(arguments) and not arguments[end].startswith("--"):
+            end += 1
+        arguments = arguments[:start] + arguments[end:]
+    return arguments + ([option, *values] if values else [])
+
+
+def check_pip(arguments: list[str]) -> None:
+    assert arguments[0] == "install"
+    known = {Requirement(text).name: Requirement(text) for text in PROJECT["dependencies"]}
+    for argument in arguments[1:]:
+        if extras := re.fullmatch(r"\.\[([\w,]+)\]", argument):
+            assert set(extras[1].split(",")) <= PROJECT["optional-dependencies"].keys()
+        elif not argument.startswith("-"):
+            wanted = Requirement(argument)
+            versions = [specifier.version for specifier in wanted.specifier]
+            assert all(known[wanted.name].specifier.contains(version) for version in versions)
+
+
+def check_pytest(arguments: list[str]) -> None:
+    for argument in arguments:
+        assert argument.startswith("-") or (ROOT / argument).exists()
+
+
+def check_venv(arguments: list[str]) -> None:
+    assert arguments[:2] == ["-m", "venv"]
+
+
+@pytest.mark.parametrize(
+    "document", [pytest.param(d, marks=[pytest.mark.slow] if Path(d).stem in SLOW else []) for d in DOCUMENTS]
+)
+def test_every_block_runs(document, stock, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSPAD_HF_CACHE", str(stock / "cache"))
+    monkeypatch.setattr(demo_target, "files", lambda package: stock / package)
+    monkeypatch.setattr(demo_target, "_download", lambda folder: pytest.fail("downloads"))
+    fallbacks = []
+    monkeypatch.setattr(hook.logger, "warning_once", fallbacks.append)
+    runner = Runner(stock, tmp_path, monkeypatch)
+    for block in blocks(document):
+        runner.run(block)
+    assert not fallbacks
+
+
+def test_what_is_not_run_is_known_and_says_why():
+    marked = [block for document in DOCUMENTS for block in blocks(document) if block.mark]
+    kinds = {str(block): re.match(r"not run: \S|needs the command \S|file: \S", block.mark) for block in marked}
+    assert all(kinds.values()), kinds
+    skipped = {(b.document, b.text.splitlines()[0]) for b in marked if b.mark.startswith("not run")}
+    assert skipped == NOT_RUN
+    for document in DOCUMENTS:
+        for block in blocks(document):
+            assert block.language in ("python", "bash", "json", "text"), f"{block}: {block.language!r}"
+            assert block.language != "text" or not re.search(r"^(fspad-hf|import|from) ", block.text, re.M), str(block)
+    for _, line in NOT_RUN:  # what is not run is a command line all the same
+        cli._parser().parse_args(shlex.split(line)[1:])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not link.startswith("http"):
+            path, _, anchor = link.partition("#")
+            found = (ROOT / document).parent / path if path else ROOT / document
+            assert found.exists(), link
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.M)
+                assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+    assert max(map(len, text.splitlines())) <= 200
+
+
+def test_api_names_every_public_name_and_nothing_else():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    table = text.split("## fspad_hf\n")[1].split("###")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.M) and set(re.findall(r"^\| `(\w+)`", table, re.M)) == set(
+        fspad_hf.__all__
+    )
+    fields = text.split("### FSPADConfig\n")[1].split("The tree and coupling")[0]
+    for row in re.findall(r"^\| (`[^|]+) \|", fields, re.M):
+        for name in re.findall(r"`(\w+)`", row):
+            assert name in fspad_hf.FSPADConfig.__annotations__, name
+
+
+def test_api_signatures_are_those_of_the_code():
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"`(fspad_hf\.[\w.]+)\.(\w+)\(([\w,\s]*)\)`", text)
+    assert len(found) > 15
+    for module, name, listed in found:
+        parameters = re.findall(r"\w+", listed)
+        function = getattr(importlib.import_module(module), name)
+        known = inspect.signature(function).parameters
+        assert [p for p in parameters if p not in known] == [], f"{module}.{name}"
+        required = {p.name for p in known.values() if p.default is p.empty and p.kind is not p.VAR_KEYWORD}
+        assert required <= set(parameters), f"{module}.{name}"
+
+
+def test_support_lists_the_tested_architectures():
+    text = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    table = text.split("## Architectures")[1].split("There is no list")[0]
+    speculates, plain = table.split("| runs as plain `generate` |")
+    assert re.findall(r"\w+", speculates.split("| speculates |")[1]) == list(tiny.CONFIGS)
+    assert re.findall(r"\w+", plain) == list(tiny.UNSUPPORTED)
+
+
+def test_support_lists_every_rule_of_the_hook():
+    """Each reason in `why_not` stands in the table, as far as it is the same for every call."""
+    text = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+    tree = ast.parse(inspect.getsource(hook.why_not))
+    (rules,) = [node for node in ast.walk(tree) if isinstance(node, ast.Dict) and node.keys]
+    reasons = []
+    for key in rules.keys:
+        parts = [
+            p.value for p in (key.values if isinstance(key, ast.JoinedStr) else [key]) if isinstance(p, ast.Constant)
+        ]
+        reasons.append(max(parts, key=len).split("(")[0].split(",")[-1].strip())
+    assert len(reasons) > 10
+    assert [reason for reason in reasons if reason not in text] == []
+
+
+def test_versions_are_those_of_the_project():
+    wanted = {Requirement(text).name: text for text in PROJECT["dependencies"]}
+    for document in ("README.md", "docs/support.md", "docs/quickstart.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        assert wanted["torch"] in text and wanted["transformers"] in text
+        assert f"Python {PROJECT['requires-python'].removeprefix('>=')}" in text
+    assert os.path.getsize(ROOT / "docs" / "images" / "tree.svg") > 1000
