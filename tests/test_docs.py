@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import json
 import os
@@ -37,6 +36,7 @@ TARGET, DRAFT = "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-FSPAD"
 SLOW = ("benchmarks", "training")
 NOT_RUN = {
     ("docs/quickstart.md", "fspad-hf chat --temperature 0.7"),
+    ("docs/training.md", "fspad-hf push my-draft --repo-id user/my-draft"),
     (
         "docs/training.md",
         "fspad-hf convert path/or/hub-id-of-the-checkpoint --target path/or/hub-id --output my-draft",
@@ -46,6 +46,7 @@ SMALL = {  # what stands in the documents, or the default, would take minutes
     "demo": {"--max-new-tokens": "5"},
     "explain": {"--max-new-tokens": "8"},
     "bench": {"--max-new-tokens": "5", "--per-task": "1", "--turns": "1", "--methods": "prompt-lookup fspad"},
+    "verify": {"--max-new-tokens": "4", "--seeds": "1", "--prompt": "Why?"},
     "acceptance": {"--max-new-tokens": "5", "--per-task": "1"},
     "train": {"--steps": "2", "--batch-rows": "4", "--micro-rows": "4"},
     "calibrate": {"--positions": "64"},
@@ -56,7 +57,7 @@ FENCE = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n\n?)?```(?P<language>\w*)\n(
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block, and what the comment before it says: `not run: ...`, `needs the command ...`, `file: ...`."""
+    """A fenced block, and what the comment before it says: `not run: ...` or `file: ...`."""
 
     document: str
     line: int
@@ -69,8 +70,7 @@ class Block:
 
     @property
     def is_run(self) -> bool:
-        needed = re.fullmatch(r"needs the command ([\w-]+)", self.mark)
-        return not self.mark.startswith("not run: ") and (needed is None or needed[1] in cli.COMMANDS)
+        return not self.mark.startswith("not run: ")
 
 
 def blocks(document: str) -> list[Block]:
@@ -104,11 +104,12 @@ def stock(tmp_path_factory, tokenizer):
     model.save_pretrained(folder / "cache" / TARGET)
     tokenizer.save_pretrained(folder / "cache" / TARGET)
     draft = fresh_draft(model, tree_depth=3, tree_top_k=3, tree_total_nodes=8)
+    draft.config.target_name_or_path = str(folder / "cache" / TARGET)
     draft.save_pretrained(folder / "hub_cards" / DRAFT, tokenizer=tokenizer)
     choose = random.Random(0)
     texts = [f"<u>why {choose.random()}|<a>because {choose.random()}|".ljust(64, "|")[:64] for _ in range(540)]
     rows = np.array([tokenizer.encode(text, add_special_tokens=False)[:40] for text in texts], dtype=np.uint16)
-    (folder / "files" / "rows").mkdir(parents=True)
+    (folder / "files").mkdir()
     np.save(folder / "files" / "rows.npy", rows)
     categories = ("writing", "translation", "summarization", "qa", "math_reasoning", "rag")
     lines = [json.dumps({"category": category, "turns": ["Why?", "And then?"]}) for category in categories]
@@ -162,8 +163,6 @@ class Runner:
             arguments = with_option(arguments, "--device", ["cpu"])
         if "row_length" in options:
             arguments = with_option(arguments, "--row-length", ["48"])
-        if arguments[0] == "bench" and importlib.util.find_spec("matplotlib") is None:
-            return
         assert cli.main(arguments) == 0, f"fspad-hf {shlex.join(arguments)}"
 
     def _mkdir(self, arguments: list[str]) -> None:
@@ -173,11 +172,8 @@ class Runner:
         """Also puts there what a reader would have brought."""
         self.folder = folder
         self.monkeypatch.chdir(folder)
-        for path in (self.stock / "files").glob("*.*"):
+        for path in (self.stock / "files").iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-        if "selfplay" not in cli.COMMANDS:  # its rows are needed by what follows
-            (folder / "rows").mkdir()
-            (folder / "rows" / "rows.npy").write_bytes((self.stock / "files" / "rows.npy").read_bytes())
 
     def _localised(self, text: str) -> str:
         for name in sorted(self.names, key=len, reverse=True):
@@ -234,7 +230,7 @@ def test_every_block_runs(document, stock, tmp_path, monkeypatch):
 
 def test_what_is_not_run_is_known_and_says_why():
     marked = [block for document in DOCUMENTS for block in blocks(document) if block.mark]
-    kinds = {str(block): re.match(r"not run: \S|needs the command \S|file: \S", block.mark) for block in marked}
+    kinds = {str(block): re.match(r"not run: \S|file: \S", block.mark) for block in marked}
     assert all(kinds.values()), kinds
     skipped = {(b.document, b.text.splitlines()[0]) for b in marked if b.mark.startswith("not run")}
     assert skipped == NOT_RUN
@@ -244,6 +240,12 @@ def test_what_is_not_run_is_known_and_says_why():
             assert block.language != "text" or not re.search(r"^(fspad-hf|import|from) ", block.text, re.M), str(block)
     for _, line in NOT_RUN:  # what is not run is a command line all the same
         cli._parser().parse_args(shlex.split(line)[1:])
+
+
+def test_every_command_is_shown():
+    bash = [block for document in DOCUMENTS for block in blocks(document) if block.language == "bash"]
+    shown = {words[1] for block in bash for words in commands(block) if words[0] == "fspad-hf"}
+    assert shown == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from fspad_hf import cli, tree_drawing
+from fspad_hf import FSPADDraftModel, cli, tree_drawing
 from fspad_hf.evaluation.peers import MODES
 from fspad_hf.explain import Explanation, Round, RoundRecorder, explain, run_explain
 from fspad_hf.loading import encode_chat
@@ -258,7 +258,7 @@ def test_a_failed_drawing_leaves_the_old_file(pair, tmp_path, monkeypatch):
 )
 def test_bad_options_are_refused_before_a_model_is_loaded(options, message, tmp_path, monkeypatch, pair):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fspad_hf.loading.AutoModelForCausalLM", None)
+    monkeypatch.setattr(FSPADDraftModel, "from_pretrained", lambda *args, **kwargs: pytest.fail("loads a model"))
     with pytest.raises((ValueError, OSError), match=message):
         run_explain(**{"prompt": PROMPT, "output": "a.svg", **pair, **options})
     assert list(tmp_path.iterdir()) == []
