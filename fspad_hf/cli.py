@@ -6,7 +6,7 @@ import sys
 
 # modules of fspad_hf.commands, as --help lists them
 COMMANDS = (
-    "demo", "chat", "verify", "bench", "acceptance", "selfplay", "train", "calibrate", "convert", "push",
+    "demo", "chat", "verify", "bench", "profile", "acceptance", "selfplay", "train", "calibrate", "convert", "push",
     "export-custom-generate",
 )  # fmt: skip
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "datasets": "train", "matplotlib": "bench"}
