@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +75,11 @@ class ForcedMethod(Method):
         super().__init__(name, {"assistant_model": draft})
         self.tau, self.clock = tau, clock
 
-    def answer(self, *arguments) -> Answer:
-        with forced(self.tau, *[lambda: self.clock.inside(EXCLUDED)] * (self.clock is not None)) as processor:
+    def answer(self, *args, **kwargs) -> Answer:
+        excluded = nullcontext if self.clock is None else lambda: self.clock.inside(EXCLUDED)
+        with forced(self.tau, excluded) as processor:
             self.arguments["logits_processor"] = LogitsProcessorList([processor])
-            return super().answer(*arguments)
+            return super().answer(*args, **kwargs)
 
 
 def fspad_method(draft: FSPADDraftModel, tau: float | None, clock: RoundClock | None = None) -> Method:

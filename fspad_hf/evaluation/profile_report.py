@@ -10,9 +10,15 @@ from .instrument import PARTS
 from .report import COLOURS, INK, MODE_TITLES, make_axes, save_svg
 
 
-def profile_tables(result: dict) -> list[Table]:
-    """The tables of [`fspad_hf.evaluation.profile.profile`]'s result, in the order in which they are read."""
-    return [_rounds(result["rounds"]), _verify(result["verify"]), _roofline(result), _speed(result["speed"])]
+def profile_tables(result: dict) -> list[tuple[str, Table]]:
+    """The tables of [`fspad_hf.evaluation.profile.profile`]'s result under their titles, in reading order."""
+    bandwidth = result["roofline"]["bandwidth"] / 1e9
+    return [
+        ("A round", _rounds(result["rounds"])),
+        ("A verification forward by its rows", _verify(result["verify"])),
+        (f"Reading the weights alone, at {bandwidth:.0f} GB/s (copy, read + written)", _roofline(result)),
+        ("Whole answers", _speed(result["speed"])),
+    ]
 
 
 def save_plot(result: dict, path: Path) -> None:
@@ -35,15 +41,15 @@ def save_plot(result: dict, path: Path) -> None:
     save_svg(figure, path, "time of a round by part")
 
 
-def _table(title: str, *columns: str) -> Table:
-    table = Table(box=box.SIMPLE, title=title, title_justify="left")
+def _table(*columns: str) -> Table:
+    table = Table(box=box.SIMPLE)
     for i, name in enumerate(columns):
         table.add_column(name, justify="right" if i else "left")
     return table
 
 
 def _rounds(rounds: dict) -> Table:
-    table = _table("A round", "part", *(cell for mode in rounds for cell in (f"{MODE_TITLES[mode]}, ms", "share")))
+    table = _table("part", *(cell for mode in rounds for cell in (f"{MODE_TITLES[mode]}, ms", "share")))
     for part, title in PARTS.items():
         cells = []
         for found in rounds.values():
@@ -66,7 +72,7 @@ def _rounds(rounds: dict) -> Table:
 
 
 def _verify(costs: list[dict]) -> Table:
-    table = _table("A verification forward by its rows", "rows", "ms", "x the first")
+    table = _table("rows", "ms", "x the first")
     for cost in costs:
         ratio = cost["seconds"] / costs[0]["seconds"]
         table.add_row(str(cost["rows"]), f"{cost['seconds'] * 1e3:.2f}", f"{ratio:.2f}")
@@ -76,8 +82,7 @@ def _verify(costs: list[dict]) -> Table:
 def _roofline(result: dict) -> Table:
     """What is measured beside what reading the weights alone takes."""
     roof = result["roofline"]
-    title = f"Weights alone, at {roof['bandwidth'] / 1e9:.0f} GB/s (copy, read + written)"
-    table = _table(title, "", "MB", "at least, ms", "measured, ms", "x", "at most, tok/s")
+    table = _table("", "MB", "at least, ms", "measured", "x", "at most, tok/s")
     for mode, found in result["rounds"].items():
         plain = result["speed"][mode][0]["token_seconds"]
         rows = [("plain token", roof["target_bytes"], roof["plain_token_seconds"], plain, 1.0)]
@@ -90,7 +95,7 @@ def _roofline(result: dict) -> Table:
 
 
 def _speed(speed: dict) -> Table:
-    table = _table("Whole answers", "", "method", "tok/s", "x plain", "tau")
+    table = _table("", "method", "tok/s", "x plain", "tau")
     for mode, rows in speed.items():
         for i, row in enumerate(rows):
             values = (("tokens_per_second", ".1f"), ("ratio", ".2f"), ("tau", ".2f"))

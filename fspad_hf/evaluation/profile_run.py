@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from ..demo_target import released_draft
 from ..loading import encode_chat, load_models, tree_changes
+from ..modeling_fspad import config_for_target
 from ..pretrained import draft_config
 from ..runtime import quiet_transformers, resolve_device, resolve_dtype, status, writable_file, write_json
 from .bench import describe_machine
@@ -78,7 +80,7 @@ def run_profile(
 def _pair(target, draft, device, dtype, prompts, context, place, trees, common):
     """What to measure of a target and a draft that exist, after the checks that need no weights."""
     settings = ProfileSettings(**common)
-    settings.check(draft_config(draft or str(released_draft()), tree_options(place, trees)))
+    settings.check(draft_config(draft or str(released_draft()), tree_changes(place, **trees)))
     texts = prompts or PROMPTS
     if not all(text.strip() for text in texts) or (context is not None and context < 1):
         raise ValueError(f"prompts={list(texts)!r}, context={context}: expected texts that say something, and tokens.")
@@ -103,7 +105,7 @@ def _shape(shape, tau, rounds, context, draft_vocab_size, place, precision, tree
         raise ValueError("methods=['prompt-lookup'] finds nothing in what random weights write: leave it out.")
     config = shape_config(shape)
     settings = ProfileSettings(**common, tau=tau, max_new_tokens=1 + total_tokens(tau, rounds))
-    options = {**tree_options(place, trees), "draft_vocab_size": draft_vocab_size}
+    options = tree_changes(place, **trees) | {"draft_vocab_size": draft_vocab_size}
     options = {name: value for name, value in options.items() if value is not None}
     with status(f"Making random weights of {shape}"):
         target = random_target(config, place, precision, lambda meta: _check_shape(meta, options, context, settings))
@@ -115,10 +117,10 @@ def _shape(shape, tau, rounds, context, draft_vocab_size, place, precision, tree
 
 
 def _check_shape(meta, options, context, settings):
-    from ..modeling_fspad import config_for_target
-
-    config = config_for_target(meta, **options)
-    config.validate_tree()
+    try:
+        config = config_for_target(meta, **options)
+    except StrictDataclassError as error:  # which is no ValueError, and says the same at greater length
+        raise ValueError(str(error.__cause__ or error)) from error
     settings.check(config)
     _check_room(meta, context, settings, config)
 
@@ -133,11 +135,6 @@ def _check_room(target, prompt: int, settings: ProfileSettings, config) -> None:
             f"are more than the {table} positions of {type(target).__name__}: lower --context or --max-new-tokens "
             "(with --shape, --rounds or --tau)."
         )
-
-
-def tree_options(place: torch.device, trees: dict[str, int | None]) -> dict[str, int | None]:
-    """The fields of `FSPADConfig` that the tree options change on a device; `None` as they are."""
-    return dict(tree_changes(place, **trees))
 
 
 def _measured(target, draft, inputs, settings, target_name, draft_name) -> dict:
@@ -168,9 +165,10 @@ def _show(result: dict, json_file, plot) -> None:
     console.print(
         f"{result['target']}, draft {result['draft']}, {result['dtype']}, trees {tree}, prompts of "
         f"{result['context']} tokens, {result['machine']['device']}",
-        highlight=False, markup=False,
+        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
-    console.print(*profile_tables(result), sep="\n")
+    for title, table in profile_tables(result):
+        console.print(f"\n{title}", table, sep="\n", highlight=False)
 
 
 def _refuse(which: str, **given) -> None:
