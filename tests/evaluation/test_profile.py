@@ -1,17 +1,21 @@
+import functools
 import gc
 import json
 import time
 import weakref
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from transformers import CompileConfig
 
 from fspad_hf.cli import main
+from fspad_hf.evaluation import peers, profile_run
 from fspad_hf.evaluation import profile as module
-from fspad_hf.evaluation import profile_run
 from fspad_hf.evaluation.forcing import forced, plan, total_tokens
-from fspad_hf.evaluation.instrument import PARTS, TIMED, Round, RoundClock, covered, instrumented
+from fspad_hf.evaluation.instrument import PARTS, TIMED, Round, RoundClock, covered, device_busy, instrumented
 from fspad_hf.evaluation.peers import MODES, Method
 from fspad_hf.evaluation.profile import ProfileSettings, full_rounds, middle_half, profile
 from fspad_hf.evaluation.roofline import copy_bandwidth, weight_traffic
@@ -169,6 +173,26 @@ def test_bandwidth_is_that_of_a_copy(monkeypatch):
     assert covered([(0, 2), (1, 3), (5, 6), (5.5, 5.8)]) == 4
 
 
+def test_the_gpus_busy_time_is_that_of_the_later_rounds(llama, draft, prompt, monkeypatch):
+    """The arithmetic around torch.profiler, without a GPU."""
+    calls = []
+
+    def event(start, end, device=DeviceType.CUDA, annotation=False):
+        span = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(time_range=span, device_type=device, is_user_annotation=annotation)
+
+    events = [event(0, 4e6), event(2e6, 6e6), event(8e6, 9e6, DeviceType.CPU), event(0, 9e9, annotation=True)]
+    fake = SimpleNamespace(
+        start=lambda: calls.append("start"), stop=lambda: calls.append("stop"), events=lambda: events
+    )
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: fake)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    fast, answers = Method("FSPAD", {"assistant_model": draft}), []
+    busy = device_busy(CPU, lambda clock: answers.append(answer(llama, fast, prompt, "greedy")))
+    assert busy == 6 / (len(answers[0].accepted_lengths) - 1) and calls == ["start", "stop"]
+    assert device_busy(CPU, lambda clock: answer(llama, fast, prompt, "greedy", tokens=1)) is None
+
+
 def test_the_rounds_that_count():
     def made(milliseconds, first=False, levels=3):
         return Round({"host": milliseconds / 1e3}, first, levels)
@@ -180,8 +204,9 @@ def test_the_rounds_that_count():
         full_rounds(rounds[:1])
 
 
-def test_a_profile(llama, draft, prompt, small):
-    settings = ProfileSettings(max_new_tokens=16, repeats=2, methods=("prompt-lookup",), rows=(1, 5))
+def test_a_profile(llama, draft, prompt, small, monkeypatch):
+    monkeypatch.setattr(peers, "CompileConfig", functools.partial(CompileConfig, backend="eager"))  # seconds
+    settings = ProfileSettings(max_new_tokens=16, repeats=2, rows=(1, 5))
     result = profile(llama, draft, [inputs_of(prompt), inputs_of(prompt[:, :6])], settings)
     json.dumps(result, allow_nan=False)
     assert set(result) == {"rounds", "verify", "roofline", "speed"}
@@ -191,7 +216,9 @@ def test_a_profile(llama, draft, prompt, small):
         assert found["seconds"] == pytest.approx(sum(found["parts"].values())) and found["gpu_busy_seconds"] is None
         assert 1 <= found["used"] < found["timed"]
         rows = {row["method"]: row for row in result["speed"][mode]}
-        assert list(rows) == ["plain", "prompt lookup", "FSPAD eager"] and rows["plain"]["ratio"] == 1
+        assert (
+            list(rows) == ["plain", "static+compile", "prompt lookup", "FSPAD eager"] and rows["plain"]["ratio"] == 1
+        )
         assert all(r["error"] is None and min(r["token_seconds"], r["tokens_per_second"]) > 0 for r in rows.values())
         assert rows["FSPAD eager"]["tau"] == found["tau"] >= 1
         roof = result["roofline"]
