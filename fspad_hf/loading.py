@@ -49,7 +49,7 @@ def load_models(
         ValueError, OSError: an argument is wrong, or a model cannot be had.
     """
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
-    trees = _tree_changes(place, tree_depth, tree_top_k, tree_nodes) if cpu_tree else {}
+    trees = tree_changes(place, tree_depth, tree_top_k, tree_nodes) if cpu_tree else {}
     with quiet_transformers():
         draft_name = draft or str(released_draft())
         config = draft_config(draft_name, trees)
@@ -64,13 +64,13 @@ def load_models(
 def load_draft(draft: str, beside: Models, **trees: int | None) -> FSPADDraftModel:
     """Another draft for the target of `beside`; `trees` as [`load_models`] takes them."""
     target = beside.target
-    changes = _tree_changes(target.device, **trees)
+    changes = tree_changes(target.device, **trees)
     with quiet_transformers():
         made = FSPADDraftModel.from_pretrained(draft, config=draft_config(draft, changes), dtype=target.dtype)
     return made.to(target.device).eval()
 
 
-def _tree_changes(
+def tree_changes(
     place, tree_depth: int | None = None, tree_top_k: int | None = None, tree_nodes: int | None = None
 ) -> dict[str, int | None]:
     given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes}

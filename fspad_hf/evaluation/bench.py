@@ -112,7 +112,7 @@ class Bench:
                 for mode in self.config.modes:
                     method.answer(self.target, inputs, mode, tokens, self.config.seed)
             except Exception as error:
-                self.broken[method.name] = _reason(error)
+                self.broken[method.name] = reason(error)
 
     def ask(self, question: Question, order: int = 0) -> list[dict]:
         """
@@ -169,7 +169,7 @@ class Bench:
         except Exception as error:  # out of memory on one prompt, say: it is recorded, and the run goes on
             if self.target.device.type == "cuda":
                 torch.cuda.empty_cache()
-            return _reason(error)
+            return reason(error)
 
     def _compare(self, method: Method, inputs: dict, mode: str, plain: Answer, result: Answer) -> dict:
         if mode not in method.lossless:
@@ -220,6 +220,6 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     first = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {first[:200]}"

@@ -47,7 +47,7 @@ def write_report(folder: Path, results: dict) -> None:
             figure = draw(figures[mode])
             if figure is not None:
                 plots[mode, name] = f"{name}-{mode}.svg"
-                _save(figure, folder / plots[mode, name], f"{name} {MODE_TITLES[mode]}")
+                save_svg(figure, folder / plots[mode, name], f"{name} {MODE_TITLES[mode]}")
     write_file(folder / "report.md", "\n".join(_markdown(results, plots)) + "\n")
 
 
@@ -124,7 +124,7 @@ def _short(errors: dict[str, int]) -> str:
     return next(iter(errors), "no result")[:48]
 
 
-def _save(figure, path: Path, title: str) -> None:
+def save_svg(figure, path: Path, title: str) -> None:
     import io
 
     buffer = io.BytesIO()
@@ -134,7 +134,7 @@ def _save(figure, path: Path, title: str) -> None:
     write_file(path, buffer.getvalue())
 
 
-def _axes(ylabel: str, width: float = 8.0):
+def make_axes(ylabel: str, width: float = 8.0):
     """A figure and axes that read on a light and on a dark page."""
     import matplotlib
 
@@ -155,7 +155,7 @@ def _axes(ylabel: str, width: float = 8.0):
     return figure, axes
 
 
-def _legend(axes, columns: int) -> None:
+def add_legend(axes, columns: int) -> None:
     axes.legend(
         frameon=False, labelcolor=INK, ncols=min(columns, 5), loc="lower left", bbox_to_anchor=(0, 1.0), fontsize=9
     )
@@ -167,7 +167,7 @@ def _grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None,
     if not shown:
         return None
     tasks = list(dict.fromkeys(task for result in shown.values() for task in result["tasks"]))
-    figure, axes = _axes(ylabel, width=1.6 + 1.1 * (len(tasks) + 1))
+    figure, axes = make_axes(ylabel, width=1.6 + 1.1 * (len(tasks) + 1))
     width = 0.8 / len(shown)
     for i, (name, result) in enumerate(shown.items()):
         figures = [result["tasks"].get(task, {}).get(what) for task in tasks] + [result["mean"][what]]
@@ -183,7 +183,7 @@ def _grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None,
     if baseline is not None:
         axes.axhline(baseline, color=INK, linewidth=1, linestyle="--")
     axes.set_xticks(range(len(tasks) + 1), [*(task.replace("_", "\n") for task in tasks), "mean"])
-    _legend(axes, len(shown))
+    add_legend(axes, len(shown))
     return figure
 
 
@@ -195,7 +195,7 @@ def _histogram(methods: dict):
     shown = _speculative(methods)
     if not shown:
         return None
-    figure, axes = _axes("share of rounds")
+    figure, axes = make_axes("share of rounds")
     width = 0.8 / len(shown)
     for i, (name, result) in enumerate(shown.items()):
         total = sum(result["accepted_lengths"].values())
@@ -204,7 +204,7 @@ def _histogram(methods: dict):
         places = [n + (i - (len(shown) - 1) / 2) * width for n in shares]
         axes.bar(places, list(shares.values()), width * 0.9, color=colour, label=name)
     axes.set_xlabel("tokens emitted in a round, the bonus token included", color=INK)
-    _legend(axes, len(shown))
+    add_legend(axes, len(shown))
     return figure
 
 
@@ -212,7 +212,7 @@ def _by_depth(methods: dict):
     shown = _speculative(methods)
     if not shown:
         return None
-    figure, axes = _axes("rounds that got so deep")
+    figure, axes = make_axes("rounds that got so deep")
     for name, result in shown.items():
         shares = acceptance_by_depth(result["accepted_lengths"])[:DEPTHS_SHOWN]
         colour = COLOURS[list(methods).index(name) % len(COLOURS)]
@@ -220,7 +220,7 @@ def _by_depth(methods: dict):
     axes.set_ylim(0, 1)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("drafted tokens accepted, at least", color=INK)
-    _legend(axes, len(shown))
+    add_legend(axes, len(shown))
     return figure
 
 
@@ -228,12 +228,12 @@ def _time_split(methods: dict):
     shown = {name: result["seconds"] for name, result in methods.items() if result["mean"]}
     if not shown:
         return None
-    figure, axes = _axes("seconds")
+    figure, axes = make_axes("seconds")
     names = list(shown)
     prefill, decode = ([shown[name][part] for name in names] for part in ("prefill", "decode"))
     axes.bar(names, prefill, 0.6, color=COLOURS[1], label="prefill")
     axes.bar(names, decode, 0.6, bottom=prefill, color=COLOURS[4], label="decoding")
-    _legend(axes, 2)
+    add_legend(axes, 2)
     return figure
 
 

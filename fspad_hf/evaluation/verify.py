@@ -118,7 +118,7 @@ def verify(
         )
     exact = model.dtype in (torch.float32, torch.float64)
     texts = [encode_chat(tokenizer, [{"role": "user", "content": prompt}], model.device) for prompt in prompts]
-    lengthened = [_lengthened(texts[0], long_prompt or _long_length(model, max_new_tokens))]
+    lengthened = [lengthen(texts[0], long_prompt or _long_length(model, max_new_tokens))]
     checks = []
     for setting in battery(model, tokenizer, max_new_tokens):
         check = Check(setting.name)
@@ -174,7 +174,7 @@ def _long_length(model: PreTrainedModel, max_new_tokens: int) -> int:
     return max(min(wanted, 2048 if not isinstance(window, int) else wanted, context - max_new_tokens), 8)
 
 
-def _lengthened(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+def lengthen(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
     """The prompt, its middle repeated to about `length` tokens; its ends, where a template has its marks, stay."""
     ids = inputs["input_ids"]
     third = max(ids.shape[1] // 3, 1)

@@ -35,7 +35,7 @@ def test_a_long_prompt_passes_the_window(tokenizer, draft):
     checks = verify(mistral, tokenizer, fresh_draft(mistral), ["tell me"], [0], 16)
     assert all(check.passed for check in checks)
     inputs = {"input_ids": torch.arange(9)[None]}
-    longer = module._lengthened(inputs, 40)["input_ids"][0].tolist()
+    longer = module.lengthen(inputs, 40)["input_ids"][0].tolist()
     assert longer[:3] == [0, 1, 2] and longer[-3:] == [6, 7, 8] and 36 < len(longer) <= 40
 
 
