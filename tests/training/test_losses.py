@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fspad_hf.training.losses import SampledHead, fspad_loss
-from fspad_hf.training.trainer import draft_loss
+from fspad_hf.training.losses import SampledHead, draft_loss, fspad_loss
 
 from ..conftest import fresh_draft
 
