@@ -63,7 +63,7 @@ def add_arguments(parser) -> None:
 
 
 def run(config: str | None = None, plan: bool = False, **options) -> int:
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     try:
         return _run(config, plan, options)
@@ -71,7 +71,7 @@ def run(config: str | None = None, plan: bool = False, **options) -> int:
         error = ValueError(str(error))
     except (ValueError, OSError) as caught:
         error = caught
-    if PartialState().is_main_process:
+    if Accelerator(mixed_precision="no").is_main_process:
         raise error
     return 2  # the main process tells
 

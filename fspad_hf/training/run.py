@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_fspad import FSPADDraftModel
@@ -62,7 +62,7 @@ def run_training(
     """
     from rich.console import Console
 
-    state = PartialState()
+    state = Accelerator(mixed_precision="no")  # sets PartialState up as the launcher says, which alone it does not
     console = Console(quiet=not state.is_main_process)
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     check_trackers(config.report_to)

@@ -9,7 +9,7 @@ from fspad_hf.training.templates import assistant_span
 
 
 def write_files(folder, target, tokenizer, rows=40, length=40):
-    """Saves the target and rows that it wrote, each with an opening of the assistant's; what `train` is told of them."""
+    """The target and rows that it wrote, each with an opening of the assistant's; what `train` is told of them."""
     target.save_pretrained(folder / "target")
     tokenizer.save_pretrained(folder / "target")
     with torch.random.fork_rng():
