@@ -38,14 +38,14 @@ def run_settings(
     for name in ("weights_sha256", "coupling_sharpness", "coupling_kappa", "target_name_or_path"):
         shape.pop(name, None)
     return settings | {
-        **target_identity(target),
+        **_target_identity(target),
         "data_sha256": rows_sha256(rows),
         "held_out_sha256": rows_sha256(held_out) if held_out is not None else None,
-        "draft": sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest(),
+        "draft_config_sha256": sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest(),
     }
 
 
-def target_identity(target: PreTrainedModel) -> dict[str, object]:
+def _target_identity(target: PreTrainedModel) -> dict[str, object]:
     """Name, revision (if known) and dtype of a target, all scalars."""
     return {
         "target": target.name_or_path or type(target).__name__,
@@ -55,24 +55,25 @@ def target_identity(target: PreTrainedModel) -> dict[str, object]:
 
 
 def make_provenance(
-    draft: FSPADDraftModel, target: PreTrainedModel, rows: TrainingRows, held_out: TrainingRows | None,
+    draft: FSPADDraftModel, settings: dict[str, object], rows: TrainingRows, held_out: TrainingRows | None,
     config: TrainingConfig, progress: Progress, processes: int, device: torch.device,
 ) -> dict[str, object]:  # fmt: skip
-    """How the draft was trained: a flat mapping of scalars and lists of scalars."""
+    """
+    How the draft was trained: a flat mapping of scalars and lists of scalars.
+
+    Args:
+        settings: see [`run_settings`].
+    """
     from .. import __version__
 
-    recorded = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {platform.machine()}"
     made = {
-        **target_identity(target),
-        "data_sha256": rows_sha256(rows),
         "rows": len(rows.ids),
         "row_length": rows.ids.shape[1],
         "tokens": rows.ids.numel() if rows.segments is None else int((rows.segments > 0).sum()),
         "tokens_in_the_loss": int(rows.mask[:, 1:].sum()),
         "held_out_rows": 0 if held_out is None else len(held_out.ids),
-        **recorded,
-        "betas": list(config.betas),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
         "epochs": round(config.steps * config.batch_rows / len(rows.ids), 2),
         "parameters": sum(parameter.numel() for parameter in draft.parameters()),
         "device": name,

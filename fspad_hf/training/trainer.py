@@ -21,7 +21,7 @@ from .frozen import FrozenTarget, TargetFeatures
 from .interrupt import TrainingInterrupted, noticed_interrupts
 from .losses import draft_loss
 from .packing import continues
-from .provenance import make_provenance, rows_sha256, run_settings, save_draft
+from .provenance import make_provenance, run_settings, save_draft
 from .schedule import learning_rate_at, noise_seeds, step_rows
 from .tracking import check_trackers, trackers
 from .validation import documents, validate
@@ -80,15 +80,15 @@ def train(
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     _check(draft, data, config, accelerator)
+    settings = run_settings(draft, target, data, held_out, config)
+    _check_agreement(settings, accelerator)
     draft.to(accelerator.device).train()
     target = target.eval().requires_grad_(False)
     frozen, features = FrozenTarget(target, accelerator.device), features or TargetFeatures(target)
     frozen.check_sampling(config.head_sample)
     frequent = _frequent(data, target)
     optimizer = torch.optim.AdamW(draft.parameters(), betas=config.betas, weight_decay=config.weight_decay, fused=True)
-    checkpoints = Checkpoints(
-        Path(config.output_dir) / CHECKPOINTS, run_settings(draft, target, data, held_out, config)
-    )
+    checkpoints = Checkpoints(Path(config.output_dir) / CHECKPOINTS, settings)
     progress = checkpoints.load(draft, optimizer)
     model = accelerator.prepare(draft)
 
@@ -137,7 +137,7 @@ def train(
     fitted = _fit_coupling(draft, target, held_out, config, accelerator)
     if accelerator.is_main_process:
         told = make_provenance(
-            draft, target, data, held_out, config, progress, accelerator.num_processes, accelerator.device
+            draft, settings, data, held_out, config, progress, accelerator.num_processes, accelerator.device
         )
         save_draft(
             draft, Path(config.output_dir), tokenizer, {**(about or {}), **told, "weights_of_step": saved, **fitted}
@@ -247,11 +247,14 @@ def _check(draft: FSPADDraftModel, rows: TrainingRows, config: TrainingConfig, a
             f"batch_rows={config.batch_rows} cannot be shared by {accelerator.num_processes} processes: expected a "
             "multiple of them."
         )
-    mine = rows_sha256(rows)
-    if broadcast_object_list([mine])[0] != mine:
+
+
+def _check_agreement(settings: dict[str, object], accelerator: Accelerator) -> None:
+    theirs = broadcast_object_list([settings])[0]
+    if differing := [name for name, value in settings.items() if theirs[name] != value]:
         raise ValueError(
-            f"Process {accelerator.process_index} loaded other data than the main process: expected the same files on "
-            "every machine; with --regenerate, an output folder that all of them share."
+            f"Process {accelerator.process_index} and the main process differ in {differing}: expected the same "
+            "command and files on every machine; with --regenerate, an output folder that all of them share."
         )
 
 
