@@ -67,13 +67,12 @@ def run(config: str | None = None, plan: bool = False, **options) -> int:
 
     try:
         return _run(config, plan, options)
-    except FloatingPointError as error:
-        error = ValueError(str(error))
-    except (ValueError, OSError) as caught:
-        error = caught
-    if Accelerator(mixed_precision="no").is_main_process:
-        raise error
-    return 2  # the main process tells
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not Accelerator(mixed_precision="no").is_main_process:
+            return 2  # the main process tells
+        if isinstance(error, FloatingPointError):
+            raise ValueError(str(error)) from error
+        raise
 
 
 def _run(file: str | None, plan: bool, options: dict) -> int:

@@ -91,7 +91,8 @@ def run_training(
         embedding = FrozenTarget(model, state.device).embed
         warm_start(draft, embedding, _warm_start_batches(chosen, features, state.device))
     _describe(chosen, held_out, tokenizer, console)
-    about = {"data": list(data.data), "linear_start": linear_start, "regenerated": data.regenerate}
+    about = {"target": target_name or _public(target), "data": [_public(source) for source in data.data]}
+    about |= {"linear_start": linear_start, "regenerated": data.regenerate}
     try:
         with TrainingDisplay(config, console) as display:
             return train(
@@ -102,6 +103,11 @@ def run_training(
         if state.is_main_process:
             print(interrupted, file=sys.stderr)
         raise
+
+
+def _public(name: str) -> str:
+    """The name of something for a model card: a Hub id as it is, of a path the last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def _load_target(target: str, dtype: torch.dtype, device_map, device: torch.device) -> PreTrainedModel:

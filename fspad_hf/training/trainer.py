@@ -61,7 +61,7 @@ def train(
             validated best are the ones saved; without them, the last.
         report: called with a record (step, loss, feature, logit, top1, tokens, learning_rate) after each step; where a
             validation took place its numbers are in it, too, as validation_loss and so on.
-        about: what else training.json should say, scalars and lists of them.
+        about: what else training.json should say, or say otherwise: scalars and lists of them.
 
     Raises:
         ValueError: nothing to train on, masks that keep nothing, settings that do not fit, a checkpoint of another
@@ -140,7 +140,7 @@ def train(
             draft, settings, data, held_out, config, progress, accelerator.num_processes, accelerator.device
         )
         save_draft(
-            draft, Path(config.output_dir), tokenizer, {**(about or {}), **told, "weights_of_step": saved, **fitted}
+            draft, Path(config.output_dir), tokenizer, {**told, "weights_of_step": saved, **fitted, **(about or {})}
         )
     accelerator.wait_for_everyone()
     return draft

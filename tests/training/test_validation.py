@@ -106,14 +106,29 @@ def test_tokens_that_are_not_drafted_are_no_hits(llama, rows):
     assert found["hit_10"] == pytest.approx(float(share), abs=1e-6)
 
 
-def test_the_noise_helps_a_coupled_draft(llama):
-    """A draft that is the target, told the noise, guesses every draw; not told, it cannot."""
-    torch.manual_seed(1)
-    ids = llama.generate(torch.randint(3, 64, (4, 4)), do_sample=True, top_k=0, max_new_tokens=36, min_new_tokens=36)
-    rows = TrainingRows(ids, torch.ones_like(ids, dtype=torch.bool), None)
-    config = TrainingConfig("unused", validate_tokens=140)
-    found = validate(small_draft(llama), llama, rows, config)
-    assert found["coupled_tau"] > found["tau"]
+def test_sampled_text_is_measured_as_it_was_decoded(llama):
+    """tau of a sampled text: uncoupled, the very rounds of `generate`; coupled, those of other noise alike it."""
+    draft, rounds, tokens, ids = small_draft(llama), {}, {}, []
+    for seed in range(5):
+        prompt = torch.randint(3, 64, (1, 4), generator=torch.Generator().manual_seed(seed))
+        for coupled in (True, False):
+            draft.config.coupled_drafting = coupled
+            torch.manual_seed(seed)
+            out = llama.generate(
+                prompt, assistant_model=draft, do_sample=True, top_k=0, temperature=1.0, max_new_tokens=61,
+                min_new_tokens=61, return_dict_in_generate=True,
+            )  # fmt: skip
+            rounds[coupled] = rounds.get(coupled, 0) + out.speculation.rounds
+            tokens[coupled] = tokens.get(coupled, 0) + sum(out.speculation.accepted_lengths)
+        ids.append(out.sequences)
+    ids = torch.cat(ids)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, 4:] = True
+    config = TrainingConfig("unused", validate_rows=5, validate_tokens=2000)
+    found = validate(draft, llama, TrainingRows(ids, mask, None), config)
+    assert found["tau"] == pytest.approx(tokens[False] / rounds[False], abs=0.01)
+    assert found["coupled_tau"] == pytest.approx(tokens[True] / rounds[True], rel=0.1)
+    assert found["coupled_tau"] > 1.5 * found["tau"]
 
 
 def test_parts_add_up(llama, rows):
