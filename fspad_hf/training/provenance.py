@@ -1,6 +1,5 @@
 """Where a draft comes from: what a checkpoint must agree with, and the training.json beside the weights."""
 
-import json
 import platform
 from hashlib import sha256
 from pathlib import Path
@@ -10,6 +9,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from ..configuration_fspad import FSPADConfig
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import quiet_transformers, write_json
 from .checkpoints import Progress
@@ -17,6 +17,7 @@ from .config import MAY_CHANGE, TrainingConfig
 from .data import TrainingRows
 
 PROVENANCE = "training.json"
+LEARNT = ("weights_sha256", "coupling_sharpness", "coupling_kappa", "target_name_or_path")  # no settings of a run
 
 
 def rows_sha256(rows: TrainingRows) -> str:
@@ -34,14 +35,16 @@ def run_settings(
 ) -> dict[str, object]:  # fmt: skip
     """What the curve of losses is a function of, for [`Checkpoints`]."""
     settings = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
-    shape = draft.config.to_diff_dict()
-    for name in ("weights_sha256", "coupling_sharpness", "coupling_kappa", "target_name_or_path"):
-        shape.pop(name, None)
+    shape = {
+        f"draft_{name.removeprefix('draft_')}": getattr(draft.config, name)
+        for name in FSPADConfig.__annotations__
+        if name not in LEARNT
+    }
     return settings | {
         **_target_identity(target),
         "data_sha256": rows_sha256(rows),
         "held_out_sha256": rows_sha256(held_out) if held_out is not None else None,
-        "draft_config_sha256": sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest(),
+        **shape,
     }
 
 
@@ -62,7 +65,7 @@ def make_provenance(
     How the draft was trained: a flat mapping of scalars and lists of scalars.
 
     Args:
-        settings: see [`run_settings`].
+        settings: those of [`Checkpoints`], see [`run_settings`].
     """
     from .. import __version__
 
@@ -73,7 +76,8 @@ def make_provenance(
         "tokens": rows.ids.numel() if rows.segments is None else int((rows.segments > 0).sum()),
         "tokens_in_the_loss": int(rows.mask[:, 1:].sum()),
         "held_out_rows": 0 if held_out is None else len(held_out.ids),
-        **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
+        **{name: value for name, value in settings.items() if not name.startswith("draft_")},  # config.json has them
+        "tokens_seen": config.steps * config.batch_rows * rows.ids.shape[1],
         "epochs": round(config.steps * config.batch_rows / len(rows.ids), 2),
         "parameters": sum(parameter.numel() for parameter in draft.parameters()),
         "device": name,

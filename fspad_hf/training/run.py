@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_fspad import FSPADDraftModel
@@ -62,7 +63,8 @@ def run_training(
     """
     from rich.console import Console
 
-    state = Accelerator(mixed_precision="no")  # sets PartialState up as the launcher says, which alone it does not
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the main process to regenerate
+    state = Accelerator(mixed_precision="no", kwargs_handlers=[waiting])
     console = Console(quiet=not state.is_main_process)
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     check_trackers(config.report_to)

@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,12 +15,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..modeling_fspad import FSPADDraftModel
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, Progress
 from .config import TrainingConfig
 from .coupling import fit_coupling
 from .data import TrainingRows
 from .frozen import FrozenTarget, TargetFeatures
-from .interrupt import TrainingInterrupted, noticed_interrupts
+from .interrupt import Interrupts, TrainingInterrupted, noticed_interrupts
 from .losses import draft_loss
 from .packing import continues
 from .provenance import make_provenance, run_settings, save_draft
@@ -70,8 +72,6 @@ def train(
         OSError: a checkpoint cannot be written; the last one stands.
         TrainingInterrupted: Ctrl-C (or SIGTERM) came; a checkpoint was written first.
     """
-    data = _counted(TrainingRows(rows, masks, segments))
-    held_out = held_out if held_out is not None and len(held_out.ids) else None
     check_trackers(config.report_to)
     accelerator = Accelerator(
         mixed_precision="no",  # autocast is ours: accelerate's cannot change between two runs of one process
@@ -79,14 +79,17 @@ def train(
         project_dir=str(Path(config.output_dir) / "runs"),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
+    data = _counted(TrainingRows(rows, masks, segments))
     _check(draft, data, config, accelerator)
+    target = target.eval().requires_grad_(False)
+    frozen = FrozenTarget(target, accelerator.device)
+    frozen.check_sampling(config.head_sample)
+    held_out = held_out if held_out is not None and len(held_out.ids) else None
+    run = _Run(accelerator, config, draft, target, frozen, features or TargetFeatures(target), data, held_out)
+
     settings = run_settings(draft, target, data, held_out, config)
     _check_agreement(settings, accelerator)
     draft.to(accelerator.device).train()
-    target = target.eval().requires_grad_(False)
-    frozen, features = FrozenTarget(target, accelerator.device), features or TargetFeatures(target)
-    frozen.check_sampling(config.head_sample)
-    frequent = _frequent(data, target)
     optimizer = torch.optim.AdamW(draft.parameters(), betas=config.betas, weight_decay=config.weight_decay, fused=True)
     checkpoints = Checkpoints(Path(config.output_dir) / CHECKPOINTS, settings)
     progress = checkpoints.load(draft, optimizer)
@@ -94,105 +97,110 @@ def train(
 
     with noticed_interrupts() as interrupts, trackers(accelerator, config) as track:
         for step in range(progress.step, config.steps):
-            began = time.perf_counter()
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-            head = frozen.head
-            if config.head_sample:
-                head = frozen.sampled_head(frequent[: config.head_sample], config.head_extra, generator)
-            sums, positions, tokens = _gradients(model, frozen, head, features, data, step, config, accelerator)
-            *sums, stopped = accelerator.reduce(
-                torch.cat((sums, sums.new_tensor([float(interrupts.came)]))), reduction="sum"
-            ).tolist()
-            record = {"step": step + 1, **_means(sums, positions, config), "tokens": tokens}
-            _check_finite(record, config)
+            began, last = time.perf_counter(), step + 1 == config.steps
+            record, stopped = _gradients(run, model, step, interrupts)
             accelerator.clip_grad_value_(draft.parameters(), config.clip_value)
-            record["learning_rate"] = learning_rate_at(step, config)
             for group in optimizer.param_groups:
                 group["lr"] = record["learning_rate"]
             optimizer.step()
             optimizer.zero_grad()
 
-            progress.step, last = step + 1, step + 1 == config.steps
-            progress.record = {name: record[name] for name in ("loss", *SUMS)}
-            due = held_out is not None and (
-                last or (config.validate_every and (step + 1) % config.validate_every == 0)
-            )
-            if due:
-                measured = _validate(draft, target, held_out, config, accelerator)
-                record |= {f"validation_{name}": value for name, value in measured.items()}
-                if _better(measured, progress.best, config):
-                    progress.best = {"step": step + 1, **measured}
+            progress.step, progress.record = step + 1, {name: record[name] for name in ("loss", *SUMS)}
+            validating = held_out is not None and (last or _every(config.validate_every, step + 1))
+            if validating:
+                record |= _validate(run, progress)
             progress.seconds += time.perf_counter() - began
-            if due or last or stopped or _every(config.checkpoint_every, step + 1):
+            if validating or last or stopped or _every(config.checkpoint_every, step + 1):
                 checkpoints.save(draft, optimizer, progress)
             if accelerator.is_main_process:
                 report(record)
             track(record)
             if stopped:
                 raise TrainingInterrupted(step + 1, config)
-
-    draft.eval()
-    best = progress.best.get("step", config.steps)
-    saved = best if best != config.steps and checkpoints.load_weights(draft, best) else config.steps
-    fitted = _fit_coupling(draft, target, held_out, config, accelerator)
-    if accelerator.is_main_process:
-        told = make_provenance(
-            draft, settings, data, held_out, config, progress, accelerator.num_processes, accelerator.device
-        )
-        save_draft(
-            draft, Path(config.output_dir), tokenizer, {**told, "weights_of_step": saved, **fitted, **(about or {})}
-        )
-    accelerator.wait_for_everyone()
-    return draft
+    return _finish(run, checkpoints, progress, tokenizer, about or {})
 
 
-def _gradients(
-    model: nn.Module, frozen: FrozenTarget, head: Callable, features: Callable, data: TrainingRows, step: int,
-    config: TrainingConfig, accelerator: Accelerator,
-) -> tuple[torch.Tensor, int, int]:  # fmt: skip
+@dataclass
+class _Run:
+    """What does not change from step to step."""
+
+    accelerator: Accelerator
+    config: TrainingConfig
+    draft: FSPADDraftModel
+    target: PreTrainedModel
+    frozen: FrozenTarget
+    features: Callable
+    data: TrainingRows
+    held_out: TrainingRows | None
+
+    @cached_property
+    def frequent(self) -> torch.LongTensor:
+        """All ids of the vocabulary, the most frequent in the data first."""
+        ids = self.data.ids.flatten() if self.data.segments is None else self.data.ids[self.data.segments > 0]
+        counts = ids.bincount(minlength=self.target.config.get_text_config().vocab_size)
+        return counts.argsort(descending=True, stable=True)
+
+    def head(self, step: int) -> Callable:
+        config = self.config
+        if not config.head_sample:
+            return self.frozen.head
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        return self.frozen.sampled_head(self.frequent[: config.head_sample], config.head_extra, generator)
+
+
+def _gradients(run: _Run, model: nn.Module, step: int, interrupts: Interrupts) -> tuple[dict[str, float], bool]:
     """
-    The step's gradients, micro-batch by micro-batch.
+    The step's gradients, micro-batch by micro-batch, averaged over the masked positions of all processes.
 
     Returns:
-        This process's sums (`[3]`), and of all processes the masked positions and the tokens.
+        The step's record, and whether a process was interrupted; the same on every process.
     """
+    config, accelerator, device = run.config, run.accelerator, run.accelerator.device
     torch.manual_seed(config.seed * 1_000_003 + step)  # nothing draws from it unless the draft has dropout
-    everyones = step_rows(len(data.ids), step, config)
-    positions = max(int(data.mask[everyones][:, 1:].sum()), 1)
+    everyones, head = step_rows(len(run.data.ids), step, config), run.head(step)
+    positions = max(int(run.data.mask[everyones][:, 1:].sum()), 1)
     mine = slice(accelerator.process_index, None, accelerator.num_processes)
     chosen, seeds = everyones[mine], noise_seeds(step, config)[mine]
-    device, sums = accelerator.device, torch.zeros(3, device=accelerator.device)
+    sums = torch.zeros(len(SUMS) + 1, device=device)
     for start in range(0, len(chosen), config.micro_rows):
         micro = slice(start, start + config.micro_rows)
-        numbers, batch = chosen[micro], data[chosen[micro]]
+        numbers, batch = chosen[micro], run.data[chosen[micro]]
         ids, mask = batch.ids.to(device).long(), batch.mask.to(device)
         parts = None if batch.segments is None else batch.segments.to(device)
-        known = features(numbers, ids) if parts is None else features(numbers, ids, parts)
+        known = run.features(numbers, ids) if parts is None else run.features(numbers, ids, parts)
         last = start + config.micro_rows >= len(chosen)
         with nullcontext() if last else accelerator.no_sync(model):  # gradients cross processes once a step
             with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-                part = draft_loss(model, frozen.embed, head, ids, known, mask, config.noise, parts, seeds[micro])
+                part = draft_loss(model, run.frozen.embed, head, ids, known, mask, config.noise, parts, seeds[micro])
                 loss = (config.feature_weight * part.feature + config.logit_weight * part.logit) / positions
             accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
-        sums += torch.stack([getattr(part, name).detach().to(sums) for name in SUMS])
-    return sums, positions, data.ids[everyones].numel()
+        sums[:-1] += torch.stack([getattr(part, name).detach().to(sums) for name in SUMS])
+    sums[-1] = interrupts.came
+    *totals, stopped = accelerator.reduce(sums, reduction="sum").tolist()
+    means = {name: total / positions for name, total in zip(SUMS, totals, strict=True)}
+    loss = config.feature_weight * means["feature"] + config.logit_weight * means["logit"]
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"The loss is {loss} at step {step + 1}: lower learning_rate={config.learning_rate}; the last good "
+            f"checkpoint stands in {Path(config.output_dir) / CHECKPOINTS}."
+        )
+    record = {"step": step + 1, "loss": loss, **means, "tokens": run.data.ids[everyones].numel()}
+    return record | {"learning_rate": learning_rate_at(step, config)}, bool(stopped)
 
 
-def _means(sums: list[float], positions: int, config: TrainingConfig) -> dict[str, float]:
-    means = {name: value / positions for name, value in zip(SUMS, sums, strict=True)}
-    return {"loss": config.feature_weight * means["feature"] + config.logit_weight * means["logit"], **means}
+def _validate(run: _Run, progress: Progress) -> dict[str, float]:
+    """[`validate`], shared out over the processes; `progress` remembers the best. What to add to the step's record."""
+    accelerator = run.accelerator
 
-
-def _every(steps: int, step: int) -> bool:
-    return steps > 0 and step % steps == 0
-
-
-def _validate(draft, target, held_out, config, accelerator) -> dict[str, float]:
     def reduce(sums: torch.Tensor) -> torch.Tensor:
         alone = accelerator.num_processes == 1
         return sums if alone else accelerator.reduce(sums.to(accelerator.device), reduction="sum")
 
-    return validate(draft, target, held_out, config, accelerator.process_index, accelerator.num_processes, reduce)
+    place = accelerator.process_index, accelerator.num_processes
+    measured = validate(run.draft, run.target, run.held_out, run.config, *place, reduce)
+    if _better(measured, progress.best, run.config):
+        progress.best = {"step": progress.step, **measured}
+    return {f"validation_{name}": value for name, value in measured.items()}
 
 
 def _better(measured: dict[str, float], best: dict[str, float], config: TrainingConfig) -> bool:
@@ -205,22 +213,42 @@ def _better(measured: dict[str, float], best: dict[str, float], config: Training
     return not best or rank(measured) > rank(best)
 
 
-def _fit_coupling(draft, target, held_out, config, accelerator) -> dict[str, float]:
+def _finish(run: _Run, checkpoints: Checkpoints, progress: Progress, tokenizer, about: dict) -> FSPADDraftModel:
+    """Saves the best weights, and where they come from."""
+    accelerator, config = run.accelerator, run.config
+    draft, best = run.draft.eval(), progress.best.get("step", config.steps)
+    saved = best if best != config.steps and checkpoints.load_weights(draft, best) else config.steps
+    fitted = _fit_coupling(run)
+    if accelerator.is_main_process:
+        processes, device = accelerator.num_processes, accelerator.device
+        told = make_provenance(
+            draft, checkpoints.settings, run.data, run.held_out, config, progress, processes, device
+        )
+        told |= {"weights_of_step": saved, **fitted, **about}
+        save_draft(draft, Path(config.output_dir), tokenizer, told)
+    accelerator.wait_for_everyone()
+    return draft
+
+
+def _fit_coupling(run: _Run) -> dict[str, float]:
     """[`fit_coupling`] on the main process; its outcome is everybody's. What to record of it."""
-    if held_out is None or not config.coupling_positions:
+    config, draft = run.config, run.draft
+    if run.held_out is None or not config.coupling_positions:
         return {}
     fitted = [{}]
-    if accelerator.is_main_process:
-        texts = [(ids, mask) for ids, mask in documents(held_out[:COUPLING_ROWS]) if mask[2:].any()]
+    if run.accelerator.is_main_process:
+        texts = [(ids, mask) for ids, mask in documents(run.held_out[:COUPLING_ROWS]) if mask[2:].any()]
         if texts:
-            ids, masks = (
-                nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in zip(*texts, strict=True)
-            )
-            fitted = [fit_coupling(draft, target, ids, masks, config.coupling_positions, config.seed)]
+            padded = [nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in zip(*texts, strict=True)]
+            fitted = [fit_coupling(draft, run.target, *padded, config.coupling_positions, config.seed)]
     fitted = broadcast_object_list(fitted)[0]
     if fitted:
         draft.config.coupling_sharpness, draft.config.coupling_kappa = fitted["sharpness"], fitted["kappa"]
     return {f"coupling_{name}": value for name, value in fitted.items()}
+
+
+def _every(steps: int, step: int) -> bool:
+    return steps > 0 and step % steps == 0
 
 
 def _counted(rows: TrainingRows) -> TrainingRows:
@@ -228,11 +256,6 @@ def _counted(rows: TrainingRows) -> TrainingRows:
     if rows.segments is None:
         return rows
     return TrainingRows(rows.ids, rows.mask & continues(rows.segments), rows.segments)
-
-
-def _frequent(rows: TrainingRows, target: PreTrainedModel) -> torch.LongTensor:
-    used = rows.ids.flatten() if rows.segments is None else rows.ids[rows.segments > 0]
-    return used.bincount(minlength=target.config.get_text_config().vocab_size).argsort(descending=True, stable=True)
 
 
 def _check(draft: FSPADDraftModel, rows: TrainingRows, config: TrainingConfig, accelerator: Accelerator) -> None:
@@ -255,12 +278,4 @@ def _check_agreement(settings: dict[str, object], accelerator: Accelerator) -> N
         raise ValueError(
             f"Process {accelerator.process_index} and the main process differ in {differing}: expected the same "
             "command and files on every machine; with --regenerate, an output folder that all of them share."
-        )
-
-
-def _check_finite(record: dict, config: TrainingConfig) -> None:
-    if not math.isfinite(record["loss"]):
-        raise FloatingPointError(
-            f"The loss is {record['loss']} at step {record['step']}: lower learning_rate={config.learning_rate}; the "
-            f"last good checkpoint stands in {Path(config.output_dir) / CHECKPOINTS}."
         )

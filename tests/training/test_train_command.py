@@ -111,6 +111,8 @@ def test_a_checkpoint_of_another_run_is_refused(command, files, tmp_path, capsys
     np.save(tmp_path / "other.npy", rows)
     said = refused(capsys, [*command, "--coupling-positions", "0", "--data", str(tmp_path / "other.npy")])
     assert "(data_sha256 " in said and "learning_rate" not in said
+    said = refused(capsys, [*command, "--coupling-positions", "0", "--draft-vocab-size", "40"])
+    assert "(draft_vocab_size null -> 40)" in said
     assert main([*command, "--coupling-positions", "0", "--micro-rows", "1", "--checkpoint-every", "9"]) == 0
 
 

@@ -75,6 +75,20 @@ def test_micro_batches_do_not_change_the_gradient(llama, rows, tmp_path):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+def test_a_sampled_softmax_of_every_id_is_the_softmax(llama, rows, tmp_path):
+    whole, sampled = (run(llama, rows, tmp_path / str(n), steps=3, head_sample=n)[1] for n in (0, 64))
+    few = run(llama, rows, tmp_path / "few", steps=3, head_sample=8, head_extra=8)[1]
+    assert [r["loss"] for r in sampled] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+    assert few[0]["loss"] != pytest.approx(whole[0]["loss"], rel=1e-5)
+
+
+def test_processes_with_other_data_are_refused(llama, monkeypatch):
+    monkeypatch.setattr(trainer, "broadcast_object_list", lambda objects: [{"seed": 0, "data_sha256": "ab"}])
+    with pytest.raises(ValueError, match=r"Process 1 and the main process differ in \['data_sha256'\]"):
+        trainer._check_agreement({"seed": 0, "data_sha256": "cd"}, Namespace(process_index=1))
+
+
 def test_every_epoch_sees_every_row_once():
     settings = config("x", batch_rows=4)
     seen = [row for step in range(5) for row in schedule.step_rows(10, step, settings)]
