@@ -67,3 +67,11 @@ def segment_mask(segments: torch.LongTensor, dtype: torch.dtype, window: int | N
     seen = (back >= 0) if window is None else (back >= 0) & (back < window)
     seen = seen & (segments[:, :, None] == segments[:, None, :])
     return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
+
+
+def continues(segments: torch.LongTensor) -> torch.BoolTensor:
+    """`[rows, length]`: True where a token goes on with the document of the token before it."""
+    inside = segments > 0
+    inside[:, 0] = False
+    inside[:, 1:] &= segments[:, 1:] == segments[:, :-1]
+    return inside

@@ -1,32 +1,28 @@
 """`fspad-hf train`: a draft for a target, from rows of token ids or from conversations."""
 
+import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..modeling_fspad import FSPADDraftModel
+from ..runtime import quiet_transformers
+from .checkpoints import has_checkpoint
+from .config import DataConfig, TrainingConfig
 from .data import TrainingRows, load_training_rows
-from .trainer import TargetFeatures, TrainingConfig, train, warm_start
+from .frozen import FrozenTarget, TargetFeatures
+from .interrupt import TrainingInterrupted
+from .plan import make_plan, print_plan
+from .tracking import TrainingDisplay, check_trackers
+from .trainer import CHECKPOINTS, train
+from .warm_start import warm_start
 
 WARM_START_ROWS = 128
-
-
-@dataclass
-class DataConfig:
-    """Which data, and how conversations become rows."""
-
-    data: Sequence[str]  # see [`load_training_rows`]
-    row_length: int = 1024  # of packed conversations
-    split: str = "train"  # of a Hub data set
-    exclude: Sequence[str] = ()  # files of prompts; conversations that hold one are dropped
-    regenerate: bool = False  # replace the answers of conversations by the target's own ...
-    regenerate_temperature: float = 0.0  # ... drawn so
-    regenerate_tokens: int = 512  # ... and at most so long
-    regenerate_rows: int = 16  # ... and so many at once
 
 
 def run_training(
@@ -40,67 +36,117 @@ def run_training(
     draft_overrides: dict | None = None,
     target_name: str | None = None,
     dtype: torch.dtype = torch.float32,
-) -> FSPADDraftModel:
+    device_map: str | dict | None = None,
+    plan: bool = False,
+) -> FSPADDraftModel | None:
     """
     Trains a draft for `target` and saves it, with the target's tokenizer, in `config.output_dir`.
+
+    Under `accelerate launch` every process calls it. The main one goes first where files are made (`regenerate`,
+    caches of data sets), and its fresh draft is everybody's.
 
     Args:
         target: path or Hub id; its chat template tells which tokens are the assistant's.
         data: a [`DataConfig`], or what its `data` takes.
-        rows: train on so many, chosen by `config.seed`; default all but the held-out last ones.
+        rows: train on so many, chosen by `config.seed`; default all but the held-out last ones, which validate.
         keep_features: hold the target's features in memory (2 h bytes a token) for later epochs.
         linear_start: begin at the best linear guess, see [`warm_start`].
         draft_vocab_size: draft only the most frequent ids of the data.
         draft_overrides: other fields of [`FSPADConfig`].
         target_name: what the draft's config names as its target, if not `target`.
+        dtype: of the target, if it is not quantised.
+        device_map: of the target, as `from_pretrained` takes it; default each process's own device.
+        plan: print what would be done, and do nothing.
+
+    Raises:
+        ValueError, OSError, FloatingPointError: as [`load_training_rows`] and [`train`].
     """
     from rich.console import Console
 
-    console = Console()
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the main process to regenerate
+    state = Accelerator(mixed_precision="no", kwargs_handlers=[waiting])
+    console = Console(quiet=not state.is_main_process)
     data = data if isinstance(data, DataConfig) else DataConfig(data)
+    check_trackers(config.report_to)
+    draft_fields = {**(draft_overrides or {}), "draft_vocab_size": draft_vocab_size}
     tokenizer = AutoTokenizer.from_pretrained(target)
-    vocab_size = AutoConfig.from_pretrained(target).get_text_config().vocab_size
-    model = None
-    if data.regenerate:
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
-        data = DataConfig(regenerated(model, tokenizer, data, config), data.row_length)
-    found = load_training_rows(data.data, tokenizer, data.row_length, data.split, data.exclude, vocab_size)
-    trained = found[: len(found.ids) - found.held_out]
-    available = len(trained.ids)
-    if rows is not None and not 0 < rows <= available:
-        raise ValueError(f"rows={rows}, but the data has {available} (and {found.held_out} held out).")
-    chosen = trained[torch.from_numpy(np.random.default_rng(config.seed).permutation(available)[:rows])]
-    model = model or AutoModelForCausalLM.from_pretrained(target, dtype=dtype)
-    torch.manual_seed(config.seed)
-    draft = FSPADDraftModel.from_target(model, **(draft_overrides or {}), draft_vocab_size=draft_vocab_size).float()
-    if draft.config.draft_vocab_size is not None:
-        draft.draft_vocab_ids = frequent_ids(_documents(trained).numpy(), draft.config.draft_vocab_size)
+    planned = make_plan(target, config, draft_fields, keep_features)  # whatever the configs alone can refuse is here
+    with state.main_process_first():
+        model, sources = None, data.data
+        if data.regenerate and not plan:
+            model = _load_target(target, dtype, device_map, state.device)
+            sources = regenerated(model, tokenizer, data, config)
+        found = load_training_rows(
+            sources, tokenizer, data.row_length, data.split, () if model else data.exclude, planned.vocab_size
+        )
+    chosen, held_out = _choose(found, rows, config.seed)
+    if plan:
+        print_plan(planned, target, data, config, chosen, held_out, console)
+        return None
+    model = model or _load_target(target, dtype, device_map, state.device)
+    draft = _fresh_draft(model, draft_fields, found[: len(found.ids) - found.held_out], config.seed)
     if target_name:
         draft.config.target_name_or_path = target_name
+    draft.to(state.device)
     features = TargetFeatures(model, keep=keep_features)
-    if linear_start and not (Path(config.output_dir) / "checkpoint").exists():
-        warm_start(draft, model.get_input_embeddings(), _warm_start_batches(chosen, features))
+    if linear_start and state.is_main_process and not has_checkpoint(Path(config.output_dir) / CHECKPOINTS):
+        embedding = FrozenTarget(model, state.device).embed
+        warm_start(draft, embedding, _warm_start_batches(chosen, features, state.device))
+    _describe(chosen, held_out, tokenizer, console)
+    about = {"target": target_name or _public(target), "data": [_public(source) for source in data.data]}
+    about |= {"linear_start": linear_start, "regenerated": data.regenerate}
+    try:
+        with TrainingDisplay(config, console) as display:
+            return train(
+                draft, model, chosen.ids, chosen.mask, config, features, display, tokenizer, chosen.segments,
+                held_out, about,
+            )  # fmt: skip
+    except TrainingInterrupted as interrupted:
+        if state.is_main_process:
+            print(interrupted, file=sys.stderr)
+        raise
 
-    def report(record: dict):
-        values = "  ".join(f"{k} {record[k]:.3f}" for k in ("loss", "feature", "logit", "top1"))
-        console.print(f"step {record['step']}/{config.steps}  {values}", highlight=False)
 
-    _describe(chosen, tokenizer, config, console)
-    return train(draft, model, chosen.ids, chosen.mask, config, features, report, tokenizer, chosen.segments)
+def _public(name: str) -> str:
+    """The name of something for a model card: a Hub id as it is, of a path the last part."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
-def _describe(rows: TrainingRows, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, console):
+def _load_target(target: str, dtype: torch.dtype, device_map, device: torch.device) -> PreTrainedModel:
+    device_map = device_map or (None if device.type == "cpu" else {"": device})
+    with quiet_transformers():
+        return AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device_map).eval()
+
+
+def _choose(found: TrainingRows, rows: int | None, seed: int) -> tuple[TrainingRows, TrainingRows]:
+    """What is trained on, and what is held out."""
+    available = len(found.ids) - found.held_out
+    if rows is not None and not 0 < rows <= available:
+        raise ValueError(f"rows={rows}, but the data has {available} (and {found.held_out} held out).")
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(available)[:rows])
+    return found[order], found[available:]
+
+
+def _fresh_draft(model: PreTrainedModel, fields: dict, trained: TrainingRows, seed: int) -> FSPADDraftModel:
+    torch.manual_seed(seed)
+    draft = FSPADDraftModel.from_target(model, **fields).float()
+    if draft.config.draft_vocab_size is not None:
+        draft.draft_vocab_ids = frequent_ids(_documents(trained).numpy(), draft.config.draft_vocab_size)
+    return draft
+
+
+def _describe(rows: TrainingRows, held_out: TrainingRows, tokenizer: PreTrainedTokenizerBase, console):
     """What is trained on, for human eyes: a loss mask gone wrong shows here and nowhere else."""
     from .preview import preview
 
     answered = rows.mask.any(1).nonzero()
     console.print("A row of the data, what is trained on in green:")
     console.print(preview(tokenizer, *rows.row(int(answered[0]) if len(answered) else 0)))
+    share = f"{float(rows.mask.float().mean()):.0%}"
     console.print(
-        f"{len(rows.ids)} rows of {rows.ids.shape[1]}, {float(rows.mask.float().mean()):.0%} in the loss; "
-        f"{asdict(config)}",
-        highlight=False, markup=False,
-    )  # fmt: skip
+        f"{len(rows.ids)} rows of {rows.ids.shape[1]}, {share} in the loss; {len(held_out.ids)} held out to validate",
+        highlight=False,
+    )
 
 
 def regenerated(
@@ -119,7 +165,7 @@ def regenerated(
         raise ValueError(f"data={rows} are rows of tokens: only conversations can be regenerated.")
     excluded = load_excluded(data.exclude)
     conversations = [c for source in data.data for c in load_conversations(str(source), data.split)]
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=Console(stderr=True), disable=not PartialState().is_main_process) as progress:
         task = progress.add_task("regenerating", total=len(conversations))
         files = regenerate(
             model, tokenizer, conversations, Path(config.output_dir) / "regenerated", data.regenerate_temperature,
@@ -136,11 +182,12 @@ def _documents(rows: TrainingRows) -> torch.LongTensor:
     return rows.ids.flatten() if rows.segments is None else rows.ids[rows.segments > 0]
 
 
-def _warm_start_batches(rows: TrainingRows, features: TargetFeatures):
+def _warm_start_batches(rows: TrainingRows, features: TargetFeatures, device: torch.device):
     for start in range(0, min(WARM_START_ROWS, len(rows.ids)), 8):
         numbers = list(range(start, min(start + 8, len(rows.ids))))
         some = rows[numbers]
-        yield some.ids, features(numbers, some.ids, some.segments), some.segments
+        ids = some.ids.to(device)
+        yield ids, features(numbers, ids, some.segments), some.segments
 
 
 def frequent_ids(tokens: np.ndarray, count: int) -> torch.LongTensor:

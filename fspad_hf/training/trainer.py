@@ -1,176 +1,36 @@
 """The training loop: the target's features online, the two losses, one AdamW step after another (accelerate)."""
 
-import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..generation.target import attention_windows
 from ..modeling_fspad import FSPADDraftModel
-from .losses import LossSums, SampledHead, fspad_loss
-from .packing import segment_mask, segment_positions
+from .checkpoints import Checkpoints, Progress
+from .config import TrainingConfig
+from .coupling import fit_coupling
+from .data import TrainingRows
+from .frozen import FrozenTarget, TargetFeatures
+from .interrupt import Interrupts, TrainingInterrupted, noticed_interrupts
+from .losses import draft_loss
+from .packing import continues
+from .provenance import make_provenance, run_settings, save_draft
+from .schedule import learning_rate_at, noise_seeds, step_rows
+from .tracking import check_trackers, trackers
+from .validation import documents, validate
 
-
-@dataclass
-class TrainingConfig:
-    """How a draft is trained. Defaults follow our own runs; the paper's are lr 5e-5, 2,000 warm-up steps, linear."""
-
-    output_dir: str
-    steps: int = 1000
-    batch_rows: int = 8  # rows an optimiser step, over all processes
-    micro_rows: int = 8  # rows a forward
-    learning_rate: float = 1e-3
-    warmup_steps: int = 30
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.0
-    clip_value: float = 0.5
-    feature_weight: float = 1.0
-    logit_weight: float = 0.1
-    noise: float = 0.1  # U(-noise, noise) * 512 / row length, added to the input features
-    head_sample: int = 0  # 0: the whole vocabulary; else the most frequent ids kept in a sampled softmax ...
-    head_extra: int = 2048  # ... and how many others are drawn each step
-    mixed_precision: str = "no"  # "bf16": autocast over fp32 weights
-    checkpoint_every: int = 100
-    seed: int = 0
-
-
-class TargetFeatures:
-    """
-    The target's features f, computed on the fly; with `keep`, each row's are held in memory (fp16) for later epochs.
-
-    Args:
-        target: the frozen target.
-        keep: hold rows of features: 2 * h bytes a token.
-    """
-
-    def __init__(self, target: PreTrainedModel, keep: bool = False):
-        self.decoder, self.kept = target.get_decoder(), {} if keep else None
-        self.text_config, self.dtype = target.config.get_text_config(), target.dtype
-
-    @torch.no_grad()
-    def __call__(
-        self, rows: list[int], ids: torch.LongTensor, segments: torch.LongTensor | None = None
-    ) -> torch.Tensor:
-        """
-        Row numbers, ids and segments `[rows, length]` in, features `[rows, length, hidden]` out.
-
-        With segments no token sees another segment's, and positions start again with each.
-        """
-        if self.kept is None:
-            return self._features(ids, segments)
-        missing = [i for i, row in enumerate(rows) if row not in self.kept]
-        if missing:
-            features = self._features(ids[missing], None if segments is None else segments[missing])
-            for i, row_features in zip(missing, features, strict=True):
-                self.kept[rows[i]] = row_features.to("cpu", torch.float16)
-        return torch.stack([self.kept[row] for row in rows]).to(ids.device, torch.float32)
-
-    def _features(self, ids: torch.LongTensor, segments: torch.LongTensor | None) -> torch.Tensor:
-        if segments is None:
-            return self.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        windows = attention_windows(self.text_config)
-        masks = {kind: segment_mask(segments, self.dtype, window) for kind, window in windows.items()}
-        mask = masks if len(masks) > 1 else next(iter(masks.values()))
-        positions = segment_positions(segments)
-        return self.decoder(
-            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False
-        ).last_hidden_state
-
-
-def draft_loss(
-    draft: nn.Module,
-    embedding: nn.Module,
-    head: Callable,
-    ids: torch.LongTensor,
-    features: torch.Tensor,
-    mask: torch.BoolTensor,
-    noise: float = 0.0,
-    segments: torch.LongTensor | None = None,
-) -> LossSums:
-    """
-    The loss sums of a batch of rows. Position t reads (f_t + noise, e_{t+1}), and is held against f_{t+1}.
-
-    Args:
-        ids (`[rows, length]`), features (`[rows, length, hidden]`): the rows and the target's features of them.
-        mask (`[rows, length]`): True on the assistant's tokens.
-        noise: half-width of the uniform noise at length 512; rows of another length get it scaled by 512 / length,
-            packed documents each by their own length.
-        segments (`[rows, length]`): the document of each token, see [`pack`]; a document's draft sees no other's.
-    """
-    inputs, packing = features[:, :-1], {}
-    if segments is not None:
-        packing["position_ids"] = segment_positions(segments)[:, :-1]
-        packing["attention_mask"] = segment_mask(segments[:, :-1], inputs.dtype)
-        mask = mask & _continues(segments)
-    if noise:
-        inputs = inputs + (torch.rand_like(inputs) * 2 - 1) * (noise * 512 / _document_lengths(ids, segments))
-    with torch.no_grad():
-        inputs_embeds = embedding(ids[:, 1:])
-    out = draft(inputs_embeds=inputs_embeds, features=inputs, **packing)
-    return fspad_loss(out.logit_features, out.features, features[:, 1:], mask[:, 1:], head)
-
-
-def _continues(segments: torch.LongTensor) -> torch.BoolTensor:
-    """`[rows, length]`: True where a token goes on with the document of the token before it."""
-    inside = segments > 0
-    inside[:, 0] = False
-    inside[:, 1:] &= segments[:, 1:] == segments[:, :-1]
-    return inside
-
-
-def _document_lengths(ids: torch.LongTensor, segments: torch.LongTensor | None) -> int | torch.Tensor:
-    """The length of a row, or `[rows, length - 1, 1]` of the document that each input belongs to."""
-    if segments is None:
-        return ids.shape[1]
-    counts = torch.zeros_like(segments).scatter_add_(1, segments, torch.ones_like(segments))
-    return counts.gather(1, segments)[:, :-1, None]
-
-
-@torch.no_grad()
-def warm_start(draft: FSPADDraftModel, embedding: nn.Module, batches: Iterable[tuple[torch.Tensor, ...]]):
-    """
-    Starts the draft at the best linear guess: `fc` solves the ridge regression f_{t+1} ~ W [e_{t+1}; f_t] + b in
-    closed form, and every residual branch starts at zero.
-
-    Args:
-        batches: (ids `[rows, length]`, features `[rows, length, hidden]`) and, for packed rows, segments
-            `[rows, length]` or `None`; some 100,000 tokens are plenty.
-    """
-    gram = cross = 0.0
-    for ids, features, *rest in batches:
-        segments = rest[0] if rest else None
-        kept = torch.ones_like(ids, dtype=torch.bool) if segments is None else _continues(segments)
-        kept = kept[:, 1:].to(features.device)
-        x = torch.cat((embedding(ids[:, 1:]), features[:, :-1]), dim=-1)[kept].double()
-        x = torch.cat((x, torch.ones_like(x[:, :1])), dim=-1)
-        gram = gram + x.T @ x
-        cross = cross + x.T @ features[:, 1:][kept].double()
-    ridge = 1e-4 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    solution = torch.linalg.solve(gram + ridge, cross)
-    fc = draft.feature_sampler.fc
-    fc.weight.copy_(solution[:-1].T)
-    if fc.bias is not None:
-        fc.bias.copy_(solution[-1])
-    if draft.config.feature_sampling:
-        draft.feature_sampler.down_proj.weight.zero_()
-    draft.layer.self_attn.o_proj.weight.zero_()
-    draft.layer.mlp.down_proj.weight.zero_()
-
-
-def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+CHECKPOINTS = "checkpoint"  # in the output folder
+COUPLING_ROWS = 48
+SUMS = ("feature", "logit", "top1")
 
 
 def train(
@@ -183,126 +43,239 @@ def train(
     report: Callable[[dict], None] = lambda record: None,
     tokenizer=None,
     segments: torch.LongTensor | None = None,
+    held_out: TrainingRows | None = None,
+    about: dict[str, object] | None = None,
 ) -> FSPADDraftModel:
     """
     Trains `draft` in place and saves it under `config.output_dir`; picks an interrupted run up where it stood.
 
+    Under `accelerate launch` every process calls it with the same arguments, and each step's rows are shared out. The
+    main process's draft is everybody's, and it alone writes files and reports.
+
     Args:
-        draft: fp32 weights.
-        target: frozen, in whatever precision it runs.
+        draft: fp32 weights; it is moved to accelerate's device.
+        target: frozen, wherever and however it runs: on another device, split by a device map, quantised.
         rows (`[rows, length]`), masks (`[rows, length]`): token ids, and True on the assistant's tokens.
         features: as [`TargetFeatures`], which is the default.
         tokenizer: the target's, saved with the draft.
         segments (`[rows, length]`): of packed rows, see [`pack`]; `features` is then called with the batch's, too.
-        report: called with a record (step, loss, feature, logit, top1, tokens) after each step.
+        held_out: rows to validate on (see [`validate`]) and to fit coupled drafting to. With them, the weights that
+            validated best are the ones saved; without them, the last.
+        report: called with a record (step, loss, feature, logit, top1, tokens, learning_rate) after each step; where a
+            validation took place its numbers are in it, too, as validation_loss and so on.
+        about: what else training.json should say, or say otherwise: scalars and lists of them.
 
     Raises:
-        ValueError: nothing to train on, or masks that keep nothing.
+        ValueError: nothing to train on, masks that keep nothing, settings that do not fit, a checkpoint of another
+            run.
         FloatingPointError: the loss is not a number; the last checkpoint stands.
+        OSError: a checkpoint cannot be written; the last one stands.
+        TrainingInterrupted: Ctrl-C (or SIGTERM) came; a checkpoint was written first.
     """
-    if len(rows) == 0 or not masks[:, 1:].any():
-        raise ValueError(f"Nothing to train on: {len(rows)} rows, {int(masks.sum())} of their tokens in the loss.")
-    accelerator = Accelerator(mixed_precision=config.mixed_precision)
-    if config.batch_rows % (config.micro_rows * accelerator.num_processes):
-        raise ValueError(
-            f"batch_rows={config.batch_rows} must be a multiple of micro_rows={config.micro_rows} times the "
-            f"{accelerator.num_processes} processes."
-        )
-    device = accelerator.device
+    check_trackers(config.report_to)
+    accelerator = Accelerator(
+        mixed_precision="no",  # autocast is ours: accelerate's cannot change between two runs of one process
+        log_with=list(config.report_to) or None,
+        project_dir=str(Path(config.output_dir) / "runs"),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    data = _counted(TrainingRows(rows, masks, segments))
+    _check(draft, data, config, accelerator)
     target = target.eval().requires_grad_(False)
-    features = features or TargetFeatures(target)
-    embedding, head = target.get_input_embeddings(), target.get_output_embeddings()
-    used = rows.flatten() if segments is None else rows[segments > 0]
-    frequent = used.bincount(minlength=target.config.get_text_config().vocab_size).argsort(descending=True)
+    frozen = FrozenTarget(target, accelerator.device)
+    frozen.check_sampling(config.head_sample)
+    held_out = held_out if held_out is not None and len(held_out.ids) else None
+    run = _Run(accelerator, config, draft, target, frozen, features or TargetFeatures(target), data, held_out)
+
+    settings = run_settings(draft, target, data, held_out, config)
+    _check_agreement(settings, accelerator)
+    draft.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(draft.parameters(), betas=config.betas, weight_decay=config.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(draft.train(), optimizer)
-    output = Path(config.output_dir)
-    first = _resume(accelerator, output / "checkpoint")
+    checkpoints = Checkpoints(Path(config.output_dir) / CHECKPOINTS, settings)
+    progress = checkpoints.load(draft, optimizer)
+    model = accelerator.prepare(draft)
 
-    for step in range(first, config.steps):
-        torch.manual_seed(config.seed * 1_000_003 + step * accelerator.num_processes + accelerator.process_index)
+    with noticed_interrupts() as interrupts, trackers(accelerator, config) as track:
+        for step in range(progress.step, config.steps):
+            began, last = time.perf_counter(), step + 1 == config.steps
+            record, stopped = _gradients(run, model, step, interrupts)
+            accelerator.clip_grad_value_(draft.parameters(), config.clip_value)
+            for group in optimizer.param_groups:
+                group["lr"] = record["learning_rate"]
+            optimizer.step()
+            optimizer.zero_grad()
+
+            progress.step, progress.record = step + 1, {name: record[name] for name in ("loss", *SUMS)}
+            validating = held_out is not None and (last or _every(config.validate_every, step + 1))
+            if validating:
+                record |= _validate(run, progress)
+            progress.seconds += time.perf_counter() - began
+            if validating or last or stopped or _every(config.checkpoint_every, step + 1):
+                checkpoints.save(draft, optimizer, progress)
+            if accelerator.is_main_process:
+                report(record)
+            track(record)
+            if stopped:
+                raise TrainingInterrupted(step + 1, config)
+    return _finish(run, checkpoints, progress, tokenizer, about or {})
+
+
+@dataclass
+class _Run:
+    """What does not change from step to step."""
+
+    accelerator: Accelerator
+    config: TrainingConfig
+    draft: FSPADDraftModel
+    target: PreTrainedModel
+    frozen: FrozenTarget
+    features: Callable
+    data: TrainingRows
+    held_out: TrainingRows | None
+
+    @cached_property
+    def frequent(self) -> torch.LongTensor:
+        """All ids of the vocabulary, the most frequent in the data first."""
+        ids = self.data.ids.flatten() if self.data.segments is None else self.data.ids[self.data.segments > 0]
+        counts = ids.bincount(minlength=self.target.config.get_text_config().vocab_size)
+        return counts.argsort(descending=True, stable=True)
+
+    def head(self, step: int) -> Callable:
+        config = self.config
+        if not config.head_sample:
+            return self.frozen.head
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        step_head = (
-            SampledHead(head, frequent[: config.head_sample], config.head_extra, generator)
-            if config.head_sample
-            else head
+        return self.frozen.sampled_head(self.frequent[: config.head_sample], config.head_extra, generator)
+
+
+def _gradients(run: _Run, model: nn.Module, step: int, interrupts: Interrupts) -> tuple[dict[str, float], bool]:
+    """
+    The step's gradients, micro-batch by micro-batch, averaged over the masked positions of all processes.
+
+    Returns:
+        The step's record, and whether a process was interrupted; the same on every process.
+    """
+    config, accelerator, device = run.config, run.accelerator, run.accelerator.device
+    torch.manual_seed(config.seed * 1_000_003 + step)  # nothing draws from it unless the draft has dropout
+    everyones, head = step_rows(len(run.data.ids), step, config), run.head(step)
+    positions = max(int(run.data.mask[everyones][:, 1:].sum()), 1)
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
+    chosen, seeds = everyones[mine], noise_seeds(step, config)[mine]
+    sums = torch.zeros(len(SUMS) + 1, device=device)
+    for start in range(0, len(chosen), config.micro_rows):
+        micro = slice(start, start + config.micro_rows)
+        numbers, batch = chosen[micro], run.data[chosen[micro]]
+        ids, mask = batch.ids.to(device).long(), batch.mask.to(device)
+        parts = None if batch.segments is None else batch.segments.to(device)
+        known = run.features(numbers, ids) if parts is None else run.features(numbers, ids, parts)
+        last = start + config.micro_rows >= len(chosen)
+        with nullcontext() if last else accelerator.no_sync(model):  # gradients cross processes once a step
+            with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+                part = draft_loss(model, run.frozen.embed, head, ids, known, mask, config.noise, parts, seeds[micro])
+                loss = (config.feature_weight * part.feature + config.logit_weight * part.logit) / positions
+            accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
+        sums[:-1] += torch.stack([getattr(part, name).detach().to(sums) for name in SUMS])
+    sums[-1] = interrupts.came
+    *totals, stopped = accelerator.reduce(sums, reduction="sum").tolist()
+    means = {name: total / positions for name, total in zip(SUMS, totals, strict=True)}
+    loss = config.feature_weight * means["feature"] + config.logit_weight * means["logit"]
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"The loss is {loss} at step {step + 1}: lower learning_rate={config.learning_rate}; the last good "
+            f"checkpoint stands in {Path(config.output_dir) / CHECKPOINTS}."
         )
-        chosen = _step_rows(len(rows), step, config)[accelerator.process_index :: accelerator.num_processes]
-        micro_batches = [chosen[i : i + config.micro_rows] for i in range(0, len(chosen), config.micro_rows)]
-        positions = accelerator.reduce(masks[chosen][:, 1:].sum().to(device), reduction="sum").clamp(min=1)
+    record = {"step": step + 1, "loss": loss, **means, "tokens": run.data.ids[everyones].numel()}
+    return record | {"learning_rate": learning_rate_at(step, config)}, bool(stopped)
 
-        record = {
-            "step": step + 1,
-            "loss": 0.0,
-            "feature": 0.0,
-            "logit": 0.0,
-            "top1": 0.0,
-            "tokens": rows[chosen].numel(),
-        }
-        for i, numbers in enumerate(micro_batches):
-            ids, mask = rows[numbers].to(device).long(), masks[numbers].to(device)
-            parts = None if segments is None else segments[numbers].to(device)
-            known = features(numbers, ids) if parts is None else features(numbers, ids, parts)
-            with accelerator.autocast(), _sync_on(accelerator, model, i == len(micro_batches) - 1):
-                sums = draft_loss(model, embedding, step_head, ids, known, mask, config.noise, parts)
-                loss = (config.feature_weight * sums.feature + config.logit_weight * sums.logit) / positions
-                accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
-            for name in ("feature", "logit", "top1"):
-                record[name] += float(getattr(sums, name).detach()) / int(positions)
-            record["loss"] += float(loss.detach())
-        if not math.isfinite(record["loss"]):
-            raise FloatingPointError(
-                f"The loss is {record['loss']} at step {step + 1}: lower learning_rate={config.learning_rate}; the "
-                f"last good checkpoint stands in {output / 'checkpoint'}."
-            )
-        accelerator.clip_grad_value_(draft.parameters(), config.clip_value)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        optimizer.step()
-        optimizer.zero_grad()
-        report(record)
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            _checkpoint(accelerator, output / "checkpoint", step + 1, config)
+
+def _validate(run: _Run, progress: Progress) -> dict[str, float]:
+    """[`validate`], shared out over the processes; `progress` remembers the best. What to add to the step's record."""
+    accelerator = run.accelerator
+
+    def reduce(sums: torch.Tensor) -> torch.Tensor:
+        alone = accelerator.num_processes == 1
+        return sums if alone else accelerator.reduce(sums.to(accelerator.device), reduction="sum")
+
+    place = accelerator.process_index, accelerator.num_processes
+    measured = validate(run.draft, run.target, run.held_out, run.config, *place, reduce)
+    if _better(measured, progress.best, run.config):
+        progress.best = {"step": progress.step, **measured}
+    return {f"validation_{name}": value for name, value in measured.items()}
+
+
+def _better(measured: dict[str, float], best: dict[str, float], config: TrainingConfig) -> bool:
+    """By tau, and by the loss where that is asked for, tau ties or there was nothing to simulate."""
+
+    def rank(found: dict[str, float]) -> tuple[float, float]:
+        tau = found.get("tau", 0.0) if config.best_by == "tau" else 0.0
+        return tau, -found.get("loss", math.inf)
+
+    return not best or rank(measured) > rank(best)
+
+
+def _finish(run: _Run, checkpoints: Checkpoints, progress: Progress, tokenizer, about: dict) -> FSPADDraftModel:
+    """Saves the best weights, and where they come from."""
+    accelerator, config = run.accelerator, run.config
+    draft, best = run.draft.eval(), progress.best.get("step", config.steps)
+    saved = best if best != config.steps and checkpoints.load_weights(draft, best) else config.steps
+    fitted = _fit_coupling(run)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).eval().save_pretrained(output, tokenizer=tokenizer)
+        processes, device = accelerator.num_processes, accelerator.device
+        told = make_provenance(
+            draft, checkpoints.settings, run.data, run.held_out, config, progress, processes, device
+        )
+        told |= {"weights_of_step": saved, **fitted, **about}
+        save_draft(draft, Path(config.output_dir), tokenizer, told)
     accelerator.wait_for_everyone()
-    return draft.eval()
+    return draft
 
 
-def _step_rows(count: int, step: int, config: TrainingConfig) -> list[int]:
-    """The rows of one optimiser step: a new permutation every epoch, the same on every process and after a resume."""
-    return list(_row_stream(count, config.seed, step * config.batch_rows, config.batch_rows))
+def _fit_coupling(run: _Run) -> dict[str, float]:
+    """[`fit_coupling`] on the main process; its outcome is everybody's. What to record of it."""
+    config, draft = run.config, run.draft
+    if run.held_out is None or not config.coupling_positions:
+        return {}
+    fitted = [{}]
+    if run.accelerator.is_main_process:
+        texts = [(ids, mask) for ids, mask in documents(run.held_out[:COUPLING_ROWS]) if mask[2:].any()]
+        if texts:
+            padded = [nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in zip(*texts, strict=True)]
+            fitted = [fit_coupling(draft, run.target, *padded, config.coupling_positions, config.seed)]
+    fitted = broadcast_object_list(fitted)[0]
+    if fitted:
+        draft.config.coupling_sharpness, draft.config.coupling_kappa = fitted["sharpness"], fitted["kappa"]
+    return {f"coupling_{name}": value for name, value in fitted.items()}
 
 
-def _row_stream(count: int, seed: int, start: int, length: int) -> Iterator[int]:
-    for epoch in range(start // count, (start + length - 1) // count + 1):
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed + 7919 * epoch)).tolist()
-        yield from order[max(start - epoch * count, 0) : start + length - epoch * count]
+def _every(steps: int, step: int) -> bool:
+    return steps > 0 and step % steps == 0
 
 
-def _sync_on(accelerator: Accelerator, model: nn.Module, last: bool):
-    """Gradients cross processes once a step, with the last micro-batch."""
-    return accelerator.no_sync(model) if not last else accelerator.autocast()
+def _counted(rows: TrainingRows) -> TrainingRows:
+    """The rows with a mask that is off where no draft of the document could have guessed the token."""
+    if rows.segments is None:
+        return rows
+    return TrainingRows(rows.ids, rows.mask & continues(rows.segments), rows.segments)
 
 
-def _checkpoint(accelerator: Accelerator, path: Path, step: int, config: TrainingConfig):
-    partial = path.with_name(path.name + ".partial")
-    accelerator.save_state(str(partial), safe_serialization=True)
-    if accelerator.is_main_process:
-        (partial / "progress.json").write_text(json.dumps({"step": step, "config": asdict(config)}))
-        old = path.with_name(path.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            os.replace(path, old)
-        os.replace(partial, path)
-        shutil.rmtree(old, ignore_errors=True)
-    accelerator.wait_for_everyone()
+def _check(draft: FSPADDraftModel, rows: TrainingRows, config: TrainingConfig, accelerator: Accelerator) -> None:
+    if len(rows.ids) == 0 or not rows.mask[:, 1:].any():
+        raise ValueError(
+            f"Nothing to train on: {len(rows.ids)} rows, {int(rows.mask.sum())} of their tokens in the loss."
+        )
+    if draft.dtype != torch.float32:
+        raise ValueError(f"The draft is in {draft.dtype}: expected float32 weights; call draft.float() first.")
+    if config.batch_rows % accelerator.num_processes:
+        raise ValueError(
+            f"batch_rows={config.batch_rows} cannot be shared by {accelerator.num_processes} processes: expected a "
+            "multiple of them."
+        )
 
 
-def _resume(accelerator: Accelerator, path: Path) -> int:
-    old = path.with_name(path.name + ".old")
-    path = path if path.exists() else old  # interrupted between the two renames
-    if not path.exists():
-        return 0
-    accelerator.load_state(str(path))
-    return json.loads((path / "progress.json").read_text())["step"]
+def _check_agreement(settings: dict[str, object], accelerator: Accelerator) -> None:
+    theirs = broadcast_object_list([settings])[0]
+    if differing := [name for name, value in settings.items() if theirs[name] != value]:
+        raise ValueError(
+            f"Process {accelerator.process_index} and the main process differ in {differing}: expected the same "
+            "command and files on every machine; with --regenerate, an output folder that all of them share."
+        )

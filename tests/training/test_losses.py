@@ -1,10 +1,11 @@
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fspad_hf.training.losses import SampledHead, fspad_loss
-from fspad_hf.training.trainer import draft_loss
+from fspad_hf.training.losses import SampledHead, draft_loss, fspad_loss
 
 from ..conftest import fresh_draft
 
@@ -26,6 +27,30 @@ def test_against_the_formula_and_its_gradient():
     torch.testing.assert_close(ours, (logit_features.grad, features.grad))
     assert int(sums.positions) == int(mask.sum())
     assert int(sums.top1) == int((head(target).argmax(-1) == head(logit_features).argmax(-1))[mask].sum())
+
+
+def test_few_logits_live_at_once():
+    """Of the masked positions alone, and of two chunks at most: the target's and the draft's."""
+    alive = peak = asked = 0
+    linear = nn.Linear(8, 40, bias=False).requires_grad_(False)
+
+    def dead(count):
+        nonlocal alive
+        alive -= count
+
+    def head(x):
+        nonlocal alive, peak, asked
+        logits = linear(x)
+        weakref.finalize(logits, dead, len(x))
+        alive, asked = alive + len(x), asked + len(x)
+        peak = max(peak, alive)
+        return logits
+
+    logit_features, features = (torch.randn(4, 16, 8, requires_grad=True) for _ in range(2))
+    mask = torch.arange(64).view(4, 16) % 2 == 0
+    sums = fspad_loss(logit_features, features, torch.randn(4, 16, 8), mask, head, chunk=4)
+    (sums.feature + sums.logit).backward()
+    assert asked == 2 * 32 and peak == 2 * 4 and alive == 0
 
 
 def test_sampled_head_estimates_the_full_partition_function():

@@ -3,9 +3,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fspad_hf.training.config import TrainingConfig
 from fspad_hf.training.conversations import tokenize
+from fspad_hf.training.frozen import TargetFeatures
+from fspad_hf.training.losses import draft_loss
 from fspad_hf.training.packing import pack, segment_mask, segment_positions
-from fspad_hf.training.trainer import TargetFeatures, TrainingConfig, draft_loss, train, warm_start
+from fspad_hf.training.trainer import train
+from fspad_hf.training.warm_start import warm_start
 
 from .. import tiny
 from ..conftest import fresh_draft

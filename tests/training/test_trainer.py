@@ -1,11 +1,16 @@
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.training import trainer
-from fspad_hf.training.data import load_token_rows, span_mask
-from fspad_hf.training.trainer import TargetFeatures, TrainingConfig, train, warm_start
+from fspad_hf.training import schedule, trainer
+from fspad_hf.training.config import TrainingConfig
+from fspad_hf.training.data import TrainingRows, load_token_rows, span_mask
+from fspad_hf.training.frozen import TargetFeatures
+from fspad_hf.training.trainer import train
+from fspad_hf.training.warm_start import warm_start
 
 from ..conftest import fresh_draft
 
@@ -19,6 +24,10 @@ def rows(llama):
 def config(path, **kwargs):
     fields = {"steps": 30, "batch_rows": 4, "micro_rows": 2, "warmup_steps": 3, "learning_rate": 3e-3}
     return TrainingConfig(output_dir=str(path), **{**fields, **kwargs})
+
+
+def trained(rows):
+    return TrainingRows(rows, torch.ones_like(rows, dtype=torch.bool), None)
 
 
 def run(llama, rows, path, draft=None, **kwargs):
@@ -60,14 +69,29 @@ def test_a_killed_run_resumes_on_the_same_curve(llama, rows, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:No tokenizer")
 def test_micro_batches_do_not_change_the_gradient(llama, rows, tmp_path):
-    results = [run(llama, rows, tmp_path / str(m), steps=2, micro_rows=m, noise=0.0)[0] for m in (1, 4)]
-    for a, b in zip(*(d.parameters() for d in results), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+    whole, *results = [run(llama, rows, tmp_path / str(m), steps=2, micro_rows=m)[0] for m in (4, 1, 3)]
+    for draft in results:
+        for a, b in zip(whole.parameters(), draft.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+def test_a_sampled_softmax_of_every_id_is_the_softmax(llama, rows, tmp_path):
+    whole, sampled = (run(llama, rows, tmp_path / str(n), steps=3, head_sample=n)[1] for n in (0, 64))
+    few = run(llama, rows, tmp_path / "few", steps=3, head_sample=8, head_extra=8)[1]
+    assert [r["loss"] for r in sampled] == pytest.approx([r["loss"] for r in whole], rel=1e-5)
+    assert few[0]["loss"] != pytest.approx(whole[0]["loss"], rel=1e-5)
+
+
+def test_processes_with_other_data_are_refused(llama, monkeypatch):
+    monkeypatch.setattr(trainer, "broadcast_object_list", lambda objects: [{"seed": 0, "data_sha256": "ab"}])
+    with pytest.raises(ValueError, match=r"Process 1 and the main process differ in \['data_sha256'\]"):
+        trainer._check_agreement({"seed": 0, "data_sha256": "cd"}, Namespace(process_index=1))
 
 
 def test_every_epoch_sees_every_row_once():
     settings = config("x", batch_rows=4)
-    seen = [row for step in range(5) for row in trainer._step_rows(10, step, settings)]
+    seen = [row for step in range(5) for row in schedule.step_rows(10, step, settings)]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10)) and seen[:10] != seen[10:20]
 
 
@@ -96,8 +120,10 @@ def test_bad_input(llama, rows, tmp_path):
     none = torch.zeros_like(rows, dtype=torch.bool)
     with pytest.raises(ValueError, match="Nothing to train on"):
         train(fresh_draft(llama), llama, rows, none, config(tmp_path))
-    with pytest.raises(ValueError, match="batch_rows=3"):
-        run(llama, rows, tmp_path, batch_rows=3)
+    with pytest.raises(ValueError, match=r"torch\.float16: expected float32"):
+        run(llama, rows, tmp_path, draft=fresh_draft(llama).half())
+    with pytest.raises(ValueError, match="batch_rows=3 cannot be shared by 2 processes"):
+        trainer._check(fresh_draft(llama), trained(rows), config(tmp_path, batch_rows=3), Namespace(num_processes=2))
     draft = fresh_draft(llama)
     torch.nn.init.constant_(draft.feature_sampler.fc.weight, float("nan"))
     with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
