@@ -47,7 +47,7 @@ SMALL = {  # what stands in the documents, or the default, would take minutes
     "explain": {"--max-new-tokens": "8"},
     "bench": {"--max-new-tokens": "5", "--per-task": "1", "--turns": "1", "--methods": "prompt-lookup fspad"},
     "verify": {"--max-new-tokens": "4", "--seeds": "1", "--prompt": "Why?"},
-    "profile": {"--max-new-tokens": "6", "--methods": "prompt-lookup", "--repeats": "1"},
+    "profile": {"--max-new-tokens": "12", "--methods": "prompt-lookup", "--repeats": "1"},
     "acceptance": {"--max-new-tokens": "5", "--per-task": "1"},
     "train": {"--steps": "2", "--batch-rows": "4", "--micro-rows": "4"},
     "calibrate": {"--positions": "64"},
