@@ -107,5 +107,16 @@ def write_json(path: Path, value) -> None:
     write_file(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def changed_settings(theirs: dict, ours: dict) -> str:
+    """How the settings of work begun differ from those asked for now, as "seed 0 -> 5, ..."; empty if not at all."""
+    differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    return ", ".join(f"{name} {_short(theirs.get(name))} -> {_short(ours.get(name))}" for name in differing)
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:18] + "..." + text[-18:]
+
+
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from ..loading import encode_chat
-from ..runtime import write_json
+from ..runtime import changed_settings, write_json
 from .divergence import first_divergence
 from .peers import MODES, Answer, Method
 from .spec_bench import Question
@@ -55,12 +55,10 @@ class RecordFile:
         self.records: list[dict] = []
         if (folder / "config.json").is_file():
             found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            differing = sorted(key for key in wanted | found if wanted.get(key) != found.get(key))
-            if differing:
+            if changes := changed_settings(found, wanted):
                 raise ValueError(
-                    f"output={str(folder)!r} holds a run with other settings ("
-                    + ", ".join(f"{key}: {found.get(key)!r}, now {wanted.get(key)!r}" for key in differing)
-                    + "): name another folder, or repeat the settings to resume."
+                    f"output={str(folder)!r} holds a run with other settings ({changes}): name another folder, or "
+                    "repeat the settings to resume."
                 )
             self._read()
         else:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..modeling_fspad import FSPADDraftModel
+from ..runtime import changed_settings
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 KEPT = 2
@@ -161,10 +162,7 @@ class Checkpoints:
         return {}, None
 
     def _check(self, theirs: dict) -> None:
-        ours = self.settings
-        differing = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-        if differing:
-            changes = ", ".join(f"{name} {_short(theirs.get(name))} -> {_short(ours.get(name))}" for name in differing)
+        if changes := changed_settings(theirs, self.settings):
             raise ValueError(
                 f"The checkpoint in {str(self.folder)!r} is of other settings ({changes}): repeat the first ones to "
                 "go on, delete it to begin again, or name another output."
@@ -228,8 +226,3 @@ def _crc(tensors: dict[str, torch.Tensor]) -> int:
     for name in sorted(tensors):
         crc = zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy(), crc)
     return crc
-
-
-def _short(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:18] + "..." + text[-18:]

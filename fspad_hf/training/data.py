@@ -41,6 +41,11 @@ class TrainingRows:
         segments = None if self.segments is None else self.segments[rows]
         return TrainingRows(self.ids[rows], self.mask[rows], segments)
 
+    @property
+    def tokens(self) -> torch.LongTensor:
+        """All ids in one line (`[tokens]`), without padding."""
+        return self.ids.flatten() if self.segments is None else self.ids[self.segments > 0]
+
     def row(self, number: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """Ids and mask (`[tokens]`) of a row without its padding."""
         used = slice(None) if self.segments is None else self.segments[number] > 0

@@ -131,7 +131,7 @@ def _fresh_draft(model: PreTrainedModel, fields: dict, trained: TrainingRows, se
     torch.manual_seed(seed)
     draft = FSPADDraftModel.from_target(model, **fields).float()
     if draft.config.draft_vocab_size is not None:
-        draft.draft_vocab_ids = frequent_ids(_documents(trained).numpy(), draft.config.draft_vocab_size)
+        draft.draft_vocab_ids = frequent_ids(trained.tokens.numpy(), draft.config.draft_vocab_size)
     return draft
 
 
@@ -175,11 +175,6 @@ def regenerated(
     if not files:
         raise ValueError(f"data={list(data.data)}: no conversation's first prompt fits in {data.row_length} tokens.")
     return [str(file) for file in files]
-
-
-def _documents(rows: TrainingRows) -> torch.LongTensor:
-    """The ids of the rows in one line, without padding."""
-    return rows.ids.flatten() if rows.segments is None else rows.ids[rows.segments > 0]
 
 
 def _warm_start_batches(rows: TrainingRows, features: TargetFeatures, device: torch.device):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from ..runtime import write_file, write_json
+from ..runtime import changed_settings, write_file, write_json
 
 MANIFEST = "manifest.json"
 
@@ -78,10 +78,7 @@ class ShardFolder:
 
     def _take_up(self):
         begun = read_manifest(self.path)
-        theirs, ours = begun["settings"], self.manifest["settings"]
-        differing = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
-        if differing:
-            changes = ", ".join(f"{key} {_short(theirs.get(key))} -> {_short(ours.get(key))}" for key in differing)
+        if changes := changed_settings(begun["settings"], self.manifest["settings"]):
             raise ValueError(
                 f"output={str(self.path)!r} was begun with other settings ({changes}): repeat the first ones, or name "
                 "another folder."
@@ -105,8 +102,3 @@ def _versions() -> dict[str, str]:
     from .. import __version__
 
     return {"fspad_hf": __version__, "transformers": transformers.__version__, "torch": torch.__version__}
-
-
-def _short(value) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:18] + "..." + text[-18:]

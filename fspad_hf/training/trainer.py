@@ -136,8 +136,7 @@ class _Run:
     @cached_property
     def frequent(self) -> torch.LongTensor:
         """All ids of the vocabulary, the most frequent in the data first."""
-        ids = self.data.ids.flatten() if self.data.segments is None else self.data.ids[self.data.segments > 0]
-        counts = ids.bincount(minlength=self.target.config.get_text_config().vocab_size)
+        counts = self.data.tokens.bincount(minlength=self.target.config.get_text_config().vocab_size)
         return counts.argsort(descending=True, stable=True)
 
     def head(self, step: int) -> Callable:

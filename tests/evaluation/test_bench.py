@@ -111,7 +111,7 @@ def test_other_settings_are_not_mixed_in(run, capsys):
     run("--modes", "greedy", "--methods", "fspad")
     before = capsys.readouterr()
     folder = run("--modes", "greedy", "--methods", "fspad", "--seed", "5", code=2)
-    assert "seed: 0, now 5" in capsys.readouterr().err and before and len(records(folder)) == 12
+    assert "(seed 0 -> 5)" in capsys.readouterr().err and before and len(records(folder)) == 12
 
 
 def test_a_difference_fails_the_run(run, monkeypatch, capsys):
