@@ -43,7 +43,7 @@ class FSPADConfig(PreTrainedConfig):
     """
 
     model_type = "fspad"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
 
     vocab_size: int = 32000
     hidden_size: int = 4096

@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, L
 from transformers.utils import ModelOutput
 
 from .configuration_fspad import FSPADConfig
+from .host import CACHE
 from .pretrained import FSPADPreTrainedModel
 
 
@@ -105,7 +106,7 @@ class FSPADDraftModel(FSPADPreTrainedModel):
         features: torch.Tensor,
         position_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> FSPADDraftOutput:
         """
@@ -117,7 +118,7 @@ class FSPADDraftModel(FSPADPreTrainedModel):
             position_ids (`[batch, length]`): t, counted from 0; defaults to 0 ... length - 1.
             attention_mask (`[batch, 1, length, keys]`): float (additive) or bool (True = visible); `None` is causal,
                 and only right without a cache.
-            past_key_values: a `Cache` with one layer.
+            cache: a `Cache` with one layer.
         """
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
@@ -126,7 +127,7 @@ class FSPADDraftModel(FSPADPreTrainedModel):
             hidden_states,
             position_embeddings=self.rotary_emb(hidden_states, position_ids),
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE: cache},
         )
         return FSPADDraftOutput(logit_features=logit_features, features=features)
 

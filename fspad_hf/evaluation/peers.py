@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
+from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 
 MODES: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ class CompiledMethod(Method):
         self.cache = StaticCache(config=target.config.get_text_config(), max_cache_len=max_length)
         config = CompileConfig()
         config._compile_all_devices = True  # the host compiles on CUDA only unless told
-        self.arguments = {"past_key_values": self.cache, "compile_config": config}
+        self.arguments = {CACHE: self.cache, "compile_config": config}
 
     def call_arguments(self) -> dict[str, Any]:
         self.cache.reset()

@@ -14,6 +14,7 @@ from ..generation.cache import ArenaCache
 from ..generation.probe import probe
 from ..generation.target import Target
 from ..generation.tree import CandidateTree
+from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from .bench import WARM_UP_TOKENS, reason
 from .forcing import check_tau, forced
@@ -96,7 +97,7 @@ class VerifyCost:
         self.target = Target(model, found.use_hook, found.logit_transform)
         self.prefix = torch.ones_like(input_ids, dtype=torch.bool)
         cache = DynamicCache(config=self.target.text_config)
-        model.get_decoder()(input_ids=input_ids, past_key_values=cache, use_cache=True)
+        model.get_decoder()(input_ids=input_ids, use_cache=True, **{CACHE: cache})
         self.arena = ArenaCache.from_dynamic(cache)
         self._pass()  # warms up, and the arena grows to its size
 

@@ -157,7 +157,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
             features=features.to(device, dtype),
             position_ids=positions.to(device),
             attention_mask=mask,
-            past_key_values=self.cache,
+            cache=self.cache,
         )
 
     def _children(self, logit_features: torch.Tensor, rows: torch.Tensor | None, depth: int):

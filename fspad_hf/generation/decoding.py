@@ -10,6 +10,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from .cache import ArenaCache
 from .candidate_generator import FSPADCandidateGenerator
@@ -81,7 +82,7 @@ def tree_decoding(
         stack.enter_context(target.listening())
         stack.enter_context(model._optimize_model_for_decode())
         outputs, features = target.prefill(input_ids, generation_config, model_kwargs)
-        prefill_cache = outputs.past_key_values
+        prefill_cache = outputs[CACHE]
         emitter.emit(outputs.logits[:, -1])
         del outputs
         if not emitter.finished:
@@ -117,8 +118,8 @@ def tree_decoding(
         sequences=emitter.input_ids,
         scores=emitter.scores,
         logits=emitter.raw_logits,
-        past_key_values=prefill_cache,
         speculation=record,
+        **{CACHE: prefill_cache},
     )
 
 

@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import logging
 
+from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel, layer_width
 from .decoding import FSPADGenerateOutput, tree_decoding
 from .probe import probe
@@ -17,7 +18,7 @@ logger = logging.get_logger(__name__)
 
 # What `generate` itself hands to a decoder-only text model; anything else is input that a tree knows nothing of.
 KNOWN_MODEL_KWARGS = {
-    "attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep",
+    "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep",
     "output_attentions", "output_hidden_states",
 }  # fmt: skip
 
@@ -132,7 +133,7 @@ def why_not(
     synced_gpus: bool = False,
 ) -> str | None:
     """The reason why this call cannot be speculated, or `None`; completes "... because"."""
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE)
     unknown = sorted(k for k, v in model_kwargs.items() if k not in KNOWN_MODEL_KWARGS and v is not None and v != {})
     extras = any(getattr(generation_config, k) or model_kwargs.get(k) for k in EXTRA_OUTPUTS)
     overridden = [k for k in HOST_LOOP if getattr(type(model), k) is not getattr(GenerationMixin, k)]

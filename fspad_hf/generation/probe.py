@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from ..host import CACHE
 from .cache import ArenaCache
 from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
@@ -73,7 +74,7 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
         """The logits at a path's nodes, by the host's own one-token steps."""
         sequence, length, logits = prompt, None, []
         kwargs = {
-            "past_key_values": DynamicCache(config=text_config),
+            CACHE: DynamicCache(config=text_config),
             "position_ids": torch.arange(prompt.shape[1], device=device)[None],
             "use_cache": True,
         }
@@ -92,8 +93,8 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     target = Target(model, use_hook)
     with target.listening(), target._armed() as caught:
         outputs = model(
-            input_ids=prompt, past_key_values=DynamicCache(config=text_config), use_cache=True, return_dict=True,
-            output_hidden_states=not use_hook,
+            input_ids=prompt, use_cache=True, return_dict=True, output_hidden_states=not use_hook,
+            **{CACHE: DynamicCache(config=text_config)},
         )  # fmt: skip
     if use_hook and not caught:
         return ProbeResult("its decoder's output is out of reach of a forward hook")
@@ -107,7 +108,7 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     parents = torch.tensor([[0, 0, 0, 2]], device=device)
     depths = torch.tensor([[0, 1, 1, 2]], device=device)
     prefix = torch.ones_like(prompt, dtype=torch.bool)
-    arena = ArenaCache.from_dynamic(outputs.past_key_values)
+    arena = ArenaCache.from_dynamic(outputs[CACHE])
     with target.listening():
         logits, _ = target.verify(CandidateTree(nodes, parents, depths), arena, prefix, prompt.shape[1])
     tree, first, second, control = logits[0].float(), run([0, 1]), run([0, 2, 3]), run([0, 1, 2, 3])

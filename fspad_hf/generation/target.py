@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
+from ..host import CACHE
 from .cache import ArenaCache
 from .tree import CandidateTree
 
@@ -92,7 +93,7 @@ class Target:
             "input_ids": tree.tokens,
             "position_ids": position + tree.depths,
             "attention_mask": self._mask(tree, prefix.to(self.device), cache),
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": True,
             "return_dict": True,
         }
@@ -131,7 +132,7 @@ class Target:
     def _mask(self, tree: CandidateTree, prefix: torch.BoolTensor, cache: ArenaCache):
         """One mask, or one per kind of layer where the model mixes kinds."""
         windows = attention_windows(self.text_config)
-        dtype = next(layer.dtype for layer in cache.layers if layer.is_initialized)
+        dtype = next(layer.keys.dtype for layer in cache.layers if layer.is_initialized)
         masks = {kind: tree.attention_mask(prefix, dtype, window) for kind, window in windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 

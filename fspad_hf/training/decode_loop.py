@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
 from ..generation.probe import probe
 from ..generation.target import attention_windows, execution_device
+from ..host import CACHE
 from .templates import ChatGlue
 
 USER_START, USER, ASSISTANT = range(3)  # states of choice, counted from the number of glue ids
@@ -155,9 +156,9 @@ class SelfplayDecoder:
             input_ids=self.tokens.index_select(1, self.position),
             position_ids=self.position.expand(len(self.tokens), 1),
             attention_mask=self._mask(),
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **{CACHE: self.cache},
         ).logits[:, -1]
         token, state = self.tables.advance(self.state, logits.float(), self.noise, self.temperature)
         self.position.add_(1)

@@ -1,6 +1,8 @@
 import pytest
 import torch
 
+from fspad_hf.host import CACHE
+
 from .. import tiny
 from ..conftest import fresh_draft
 
@@ -14,7 +16,7 @@ def test_tokens_are_those_of_plain_generate(name, attention, same, prompt):
     model = tiny.build(name, attention)
     plain, fast = same(model, prompt)  # greedy; windows of 5 or 6 are shorter than the prompt
     same(model, prompt, do_sample=True, temperature=1.3, top_k=0, top_p=0.95, repetition_penalty=1.1, min_tau=2.0)
-    for ours, theirs in zip(fast.past_key_values.layers, plain.past_key_values.layers, strict=True):
+    for ours, theirs in zip(fast[CACHE].layers, plain[CACHE].layers, strict=True):
         assert type(ours) is type(theirs)
         torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(ours.values, theirs.values, atol=1e-3, rtol=1e-3)

@@ -9,6 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 from fspad_hf import FSPADConfig, FSPADDraftModel
 from fspad_hf.generation.probe import probe
 from fspad_hf.generation.verification import NoiseQueue
+from fspad_hf.host import CACHE
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -219,7 +220,7 @@ def test_the_users_cache_after_an_exception(llama, llama_draft, prompt, at):
         cache = DynamicCache(config=llama.config)
         with pytest.raises(KeyboardInterrupt):
             llama.generate(
-                prompt, past_key_values=cache, streamer=Raises(at), assistant_model=assistant, max_new_tokens=20,
+                prompt, streamer=Raises(at), assistant_model=assistant, max_new_tokens=20, **{CACHE: cache},
                 eos_token_id=None,
             )  # fmt: skip
         lengths.append(cache.get_seq_length())

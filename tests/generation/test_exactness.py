@@ -12,6 +12,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from fspad_hf.evaluation.divergence import first_divergence
+from fspad_hf.host import CACHE
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -74,7 +75,7 @@ def test_eos_inside_a_path_and_several_eos_ids(llama, same, prompt):
 def test_max_new_tokens_is_never_overrun(llama, same, prompt, new_tokens):
     _, fast = same(llama, prompt, max_new_tokens=new_tokens, min_tau=None)
     assert fast.sequences.shape[1] == prompt.shape[1] + new_tokens
-    assert fast.past_key_values.get_seq_length() == prompt.shape[1] + new_tokens - 1
+    assert fast[CACHE].get_seq_length() == prompt.shape[1] + new_tokens - 1
 
 
 class Recorder(BaseStreamer):
@@ -240,10 +241,10 @@ def test_users_own_empty_cache_is_filled(llama, llama_draft, prompt):
     from transformers import DynamicCache
 
     cache = DynamicCache(config=llama.config)
-    fast = llama.generate(prompt, max_new_tokens=20, past_key_values=cache, assistant_model=llama_draft)
+    fast = llama.generate(prompt, max_new_tokens=20, assistant_model=llama_draft, **{CACHE: cache})
     plain = llama.generate(prompt, max_new_tokens=20)
     assert fast.tolist() == plain.tolist() and cache.get_seq_length() == fast.shape[1] - 1
-    again = llama.generate(fast, max_new_tokens=9, past_key_values=cache, assistant_model=llama_draft)
+    again = llama.generate(fast, max_new_tokens=9, assistant_model=llama_draft, **{CACHE: cache})
     assert again.tolist() == llama.generate(fast, max_new_tokens=9).tolist()
 
 

@@ -8,6 +8,7 @@ from transformers import StaticCache
 
 from fspad_hf import FSPADConfig, FSPADDraftModel
 from fspad_hf.generation import hook
+from fspad_hf.host import CACHE
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -37,7 +38,7 @@ CASES = {
     "use_cache": ({"use_cache": False}, "use_cache is off"),
     "static": ({"cache_implementation": "static"}, "StaticCache"),
     "user_static": (
-        {"past_key_values": lambda: StaticCache(config=tiny.CONFIGS["llama"](), max_cache_len=64)},
+        {CACHE: lambda: StaticCache(config=tiny.CONFIGS["llama"](), max_cache_len=64)},
         "StaticCache",
     ),
     "hidden_states": (
