@@ -36,6 +36,7 @@ def add_arguments(parser) -> None:
     add(models, "--device-map", metavar="MAP", help="of the target: auto, ... (default: each process's device)")
     add(models, "--keep-features", action="store_true", help="hold the target's features in memory")
     add(models, "--draft-vocab-size", type=int, metavar="N", help="draft the N most frequent ids (default: all)")
+    add(models, "--start-from", metavar="DRAFT", help="begin with this draft's weights (default: the linear start)")
     add(models, "--no-linear-start", dest="linear_start", action="store_false", help="start at random weights")
 
     training = parser.add_argument_group("training")
@@ -84,7 +85,7 @@ def _run(file: str | None, plan: bool, options: dict) -> int:
 
     kinds = (TrainingConfig, DataConfig)
     others = {"target", "rows", "target_name", "dtype", "device_map", "draft_vocab_size", "keep_features"}
-    others |= {"linear_start", "draft_overrides"}
+    others |= {"linear_start", "draft_overrides", "start_from"}
     if file is not None:
         known = {*others, "output"}.union(*(kind.__dataclass_fields__ for kind in kinds))
         given = read_config_file(file, known)

@@ -138,6 +138,8 @@ def why_not(
     extras = any(getattr(generation_config, k) or model_kwargs.get(k) for k in EXTRA_OUTPUTS)
     overridden = [k for k in HOST_LOOP if getattr(type(model), k) is not getattr(GenerationMixin, k)]
     positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    layers = cache.layers if type(cache) is DynamicCache else []
+    kinds = sorted({type(x).__name__ for x in layers if type(x) not in (DynamicLayer, DynamicSlidingWindowLayer)})
     rules = {
         "it is an encoder-decoder model": model.config.is_encoder_decoder,
         "num_return_sequences is above 1": (generation_config.num_return_sequences or 1) > 1,
@@ -160,14 +162,13 @@ def why_not(
         and extras,
         f"its cache is a {type(cache).__name__}": type(cache) is not DynamicCache,
         "its cache is offloaded": getattr(cache, "offloading", False),
-        "the cache passed in already holds tokens": type(cache) is DynamicCache and cache.get_seq_length() > 0,
+        f"its cache has {kinds} layers": bool(kinds),
+        "the cache passed in already holds tokens": bool(layers) and not kinds and cache.get_seq_length() > 0,
         "of the shape of position_ids": positions is not None and positions.dim() != 2,
         "of the shape of attention_mask": mask is not None and mask.shape != input_ids.shape,
         "the prompt is nothing but padding": mask is not None and not mask.any(),
     }
     reason = next((reason for reason, holds in rules.items() if holds), None)
-    if reason is None and any(type(x) not in (DynamicLayer, DynamicSlidingWindowLayer) for x in cache.layers):
-        reason = f"its cache has {sorted({type(x).__name__ for x in cache.layers})} layers"
     return reason or probe(model).reason
 
 

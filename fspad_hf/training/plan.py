@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..modeling_fspad import FSPADDraftModel
+from ..configuration_fspad import FSPADConfig
+from ..modeling_fspad import FSPADDraftModel, config_for_target
 from .config import DataConfig, TrainingConfig
 from .data import TrainingRows
 
@@ -27,15 +28,28 @@ class Plan:
     keep_features: bool
 
 
-def make_plan(target: str, config: TrainingConfig, draft_fields: dict, keep_features: bool) -> Plan:
+def make_plan(
+    target: str, config: TrainingConfig, draft_fields: dict, keep_features: bool, start: FSPADConfig | None = None
+) -> Plan:
     """
     Builds target and draft without memory for their weights.
+
+    Args:
+        start: the configuration of the draft to start from.
 
     Raises:
         ValueError: a draft of these fields does not fit the target.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target))
+        if start is not None:
+            fresh = config_for_target(model)
+            for name in ("hidden_size", "vocab_size"):
+                if getattr(start, name) != getattr(fresh, name):
+                    raise ValueError(
+                        f"start_from has {name}={getattr(start, name)}, a draft for {target} has "
+                        f"{getattr(fresh, name)}: expected a draft of the model that it was fine-tuned from."
+                    )
         draft = FSPADDraftModel.from_target(model, **draft_fields)
     parameters = sum(parameter.numel() for parameter in draft.parameters())
     return Plan(draft.config.vocab_size, draft.config.hidden_size, parameters, keep_features)

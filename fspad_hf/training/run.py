@@ -10,7 +10,9 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..configuration_fspad import FSPADConfig
 from ..modeling_fspad import FSPADDraftModel
+from ..pretrained import draft_config
 from ..runtime import quiet_transformers
 from .checkpoints import has_checkpoint
 from .config import DataConfig, TrainingConfig
@@ -23,6 +25,10 @@ from .trainer import CHECKPOINTS, train
 from .warm_start import warm_start
 
 WARM_START_ROWS = 128
+TARGETS_FIELDS = (  # what a draft's configuration says of its target
+    "model_type", "vocab_size", "max_position_embeddings", "target_name_or_path", "target_model_type",
+    "pad_token_id", "bos_token_id", "eos_token_id", "weights_sha256",
+)  # fmt: skip
 
 
 def run_training(
@@ -34,6 +40,7 @@ def run_training(
     linear_start: bool = True,
     draft_vocab_size: int | None = None,
     draft_overrides: dict | None = None,
+    start_from: str | None = None,
     target_name: str | None = None,
     dtype: torch.dtype = torch.float32,
     device_map: str | dict | None = None,
@@ -51,8 +58,10 @@ def run_training(
         rows: train on so many, chosen by `config.seed`; default all but the held-out last ones, which validate.
         keep_features: hold the target's features in memory (2 h bytes a token) for later epochs.
         linear_start: begin at the best linear guess, see [`warm_start`].
-        draft_vocab_size: draft only the most frequent ids of the data.
+        draft_vocab_size: draft only the most frequent ids of the data; default all, or those of `start_from`.
         draft_overrides: other fields of [`FSPADConfig`].
+        start_from: path or Hub id of a draft whose weights and configuration to begin with: one of the model that
+            `target` was fine-tuned from, or one to train further.
         target_name: what the draft's config names as its target, if not `target`.
         dtype: of the target, if it is not quantised.
         device_map: of the target, as `from_pretrained` takes it; default each process's own device.
@@ -69,8 +78,11 @@ def run_training(
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     check_trackers(config.report_to)
     draft_fields = {**(draft_overrides or {}), "draft_vocab_size": draft_vocab_size}
+    start = draft_config(start_from) if start_from else None
+    if start is not None:
+        draft_fields = started_fields(start, draft_fields)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    planned = make_plan(target, config, draft_fields, keep_features)  # whatever the configs alone can refuse is here
+    planned = make_plan(target, config, draft_fields, keep_features, start)
     with state.main_process_first():
         model, sources = None, data.data
         if data.regenerate and not plan:
@@ -84,17 +96,23 @@ def run_training(
         print_plan(planned, target, data, config, chosen, held_out, console)
         return None
     model = model or _load_target(target, dtype, device_map, state.device)
-    draft = _fresh_draft(model, draft_fields, found[: len(found.ids) - found.held_out], config.seed)
+    draft = _make_draft(model, draft_fields, config.seed, start_from)
+    if draft_vocab_size is not None:
+        trained = found[: len(found.ids) - found.held_out]
+        draft.draft_vocab_ids = frequent_ids(trained.tokens.numpy(), draft_vocab_size)
     if target_name:
         draft.config.target_name_or_path = target_name
     draft.to(state.device)
     features = TargetFeatures(model, keep=keep_features)
+    linear_start = linear_start and not start_from
     if linear_start and state.is_main_process and not has_checkpoint(Path(config.output_dir) / CHECKPOINTS):
         embedding = FrozenTarget(model, state.device).embed
         warm_start(draft, embedding, _warm_start_batches(chosen, features, state.device))
     _describe(chosen, held_out, tokenizer, console)
     about = {"target": target_name or _public(target), "data": [_public(source) for source in data.data]}
     about |= {"linear_start": linear_start, "regenerated": data.regenerate}
+    if start_from:
+        about["start_from"] = _public(start_from)
     try:
         with TrainingDisplay(config, console) as display:
             return train(
@@ -127,12 +145,28 @@ def _choose(found: TrainingRows, rows: int | None, seed: int) -> tuple[TrainingR
     return found[order], found[available:]
 
 
-def _fresh_draft(model: PreTrainedModel, fields: dict, trained: TrainingRows, seed: int) -> FSPADDraftModel:
+def _make_draft(model: PreTrainedModel, fields: dict, seed: int, start_from: str | None) -> FSPADDraftModel:
     torch.manual_seed(seed)
     draft = FSPADDraftModel.from_target(model, **fields).float()
-    if draft.config.draft_vocab_size is not None:
-        draft.draft_vocab_ids = frequent_ids(trained.tokens.numpy(), draft.config.draft_vocab_size)
+    if start_from:
+        started = FSPADDraftModel.from_pretrained(start_from, dtype=torch.float32)
+        draft.load_state_dict({n: x for n, x in started.state_dict().items() if n != "draft_vocab_ids"}, strict=False)
+        if started.config.draft_vocab_size == draft.config.draft_vocab_size:
+            draft.draft_vocab_ids = started.draft_vocab_ids
     return draft
+
+
+def started_fields(start: FSPADConfig, fields: dict) -> dict:
+    """
+    The fields of a draft that begins with another's weights: that one's, but for what its target decides.
+
+    Raises:
+        ValueError: `fields` would change more than the drafted vocabulary.
+    """
+    if changed := sorted(name for name, value in fields.items() if name != "draft_vocab_size" and value is not None):
+        raise ValueError(f"{changed} cannot be chosen with start_from: the draft keeps the shape it has there.")
+    kept = {name: getattr(start, name) for name in FSPADConfig.__annotations__ if name not in TARGETS_FIELDS}
+    return kept | {name: value for name, value in fields.items() if value is not None}
 
 
 def _describe(rows: TrainingRows, held_out: TrainingRows, tokenizer: PreTrainedTokenizerBase, console):
