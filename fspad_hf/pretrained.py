@@ -203,7 +203,9 @@ class FSPADPreTrainedModel(PreTrainedModel):
         check_target_name(name or self.config.target_name_or_path, given=name is not None)
 
 
-def draft_config(draft: str | os.PathLike, changes: dict[str, int | None] | None = None, **hub_kwargs) -> FSPADConfig:
+def draft_config(
+    draft: str | os.PathLike, changes: dict[str, int | str | None] | None = None, **hub_kwargs
+) -> FSPADConfig:
     """A draft's configuration with `changes` (`None`: as it is); `ValueError` if it is not an FSPAD draft."""
     config = AutoConfig.from_pretrained(draft, **hub_kwargs)
     if not isinstance(config, FSPADConfig):

@@ -75,6 +75,11 @@ def status(message: str) -> Iterator[None]:
         yield
 
 
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where files are kept that can be had again: `cache_dir`, `$FSPAD_HF_CACHE` or `~/.cache/fspad_hf`."""
+    return Path(cache_dir or os.environ.get("FSPAD_HF_CACHE") or "~/.cache/fspad_hf").expanduser()
+
+
 def writable_file(path: str | os.PathLike, option: str = "json_file") -> Path:
     """The file as an absolute path, after checking that it can be written. `ValueError` or `OSError` if not."""
     final = Path(path).expanduser().resolve()

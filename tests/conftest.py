@@ -71,7 +71,10 @@ class Oracle:
                         true_nodes.add(len(tokens))
                     tokens.append(token), parents.append(parent), depths.append(d)
             level = grown
-        return CandidateTree(*(torch.tensor([x], device=root.device) for x in (tokens, parents, depths)))
+        scores = torch.arange(0.0, -len(tokens), -1)[None]
+        return CandidateTree(
+            *(torch.tensor([x], device=root.device) for x in (tokens, parents, depths)), scores.to(root.device)
+        )
 
 
 @pytest.fixture
@@ -80,7 +83,9 @@ def oracle(monkeypatch):
 
     def use(reference, accuracy, vocab_size):
         made = Oracle(reference, accuracy, vocab_size)
-        monkeypatch.setattr(FSPADCandidateGenerator, "grow", lambda self, root, depth: made.grow(self, root, depth))
+        monkeypatch.setattr(
+            FSPADCandidateGenerator, "grow", lambda self, root, shape: made.grow(self, root, shape.depth)
+        )
 
     yield use
 

@@ -68,6 +68,7 @@ def test_options_reach_the_demo(monkeypatch):
     assert seen == {
         "target": None, "draft": None, "device": None, "dtype": None, "prompts": ["a", "b"], "max_new_tokens": 128,
         "seed": 3, "json_file": "f", "tree_depth": 2, "tree_top_k": 4, "tree_nodes": 5,
+        "tree": None,
     }  # fmt: skip
 
 

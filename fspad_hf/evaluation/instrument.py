@@ -155,7 +155,7 @@ def instrumented(clock: RoundClock) -> Iterator[RoundClock]:
     with ExitStack() as stack:
         for owner, name, part, under in TIMED:
             stack.enter_context(replaced(owner, name, _timed(vars(owner)[name], clock, part, under)))
-        stack.enter_context(replaced(FSPADCandidateGenerator, "accept", _starting(clock)))
+        stack.enter_context(replaced(decoding, "depth_limit", _starting(clock)))
         stack.enter_context(replaced(Target, "_armed", _armed(clock)))
         stack.enter_context(replaced(ArenaCache, "append_to", _ending(clock)))
         yield clock
@@ -182,13 +182,13 @@ def _timed(function: Callable, clock: RoundClock, part: str, under: str) -> Call
 
 
 def _starting(clock: RoundClock) -> Callable:
-    accept = FSPADCandidateGenerator.accept
+    depth_limit = decoding.depth_limit
 
-    @functools.wraps(accept)
+    @functools.wraps(depth_limit)
     def starting(*args, **kwargs):
-        if clock.mine():
+        if clock.mine():  # what each round begins with
             clock.begin_round()
-        return accept(*args, **kwargs)
+        return depth_limit(*args, **kwargs)
 
     return starting
 

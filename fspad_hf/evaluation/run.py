@@ -10,6 +10,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..generation.tree import TreeShape
 from ..loading import Models, load_draft, load_models
 from ..pretrained import draft_config
 from ..runtime import is_exact, quiet_transformers, status, write_json
@@ -39,6 +40,7 @@ def run_bench(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree: str | None = None,
     raw_prompts: bool = False,
     console: Console | None = None,
 ) -> dict:
@@ -46,7 +48,7 @@ def run_bench(
     Runs a bench, or goes on with one, and writes results.json, report.md and its plots to `output`.
 
     Args:
-        target, device, dtype, tree_depth, tree_top_k, tree_nodes: see [`load_models`].
+        target, device, dtype, tree_depth, tree_top_k, tree_nodes, tree: see [`load_models`].
         drafts: each a path or Hub id, or NAME=PATH_OR_HUB_ID to name it in tables; the first picks the target if there
             is none. By default the released draft.
         assistant: a model for stock assisted generation; adds that method.
@@ -65,7 +67,7 @@ def run_bench(
     _check(modes, max_new_tokens, turns)
     named = dict(_named(draft, i) for i, draft in enumerate(drafts or [""]))
     asked = read_prompts(prompts) if prompts else read_questions(questions or published_questions(), per_task, tasks)
-    trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_nodes": tree_nodes}
+    trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_nodes": tree_nodes, "tree": tree}
     for draft in named.values():
         if draft:
             draft_config(draft)
@@ -86,7 +88,7 @@ def run_bench(
         max_new_tokens=max_new_tokens, seed=seed, device=str(models.target.device),
         dtype=str(models.target.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
         raw_prompts=raw_prompts,
-        trees={name: [d.config.tree_depth, d.config.tree_top_k, d.config.tree_total_nodes]
+        trees={name: [*TreeShape.of(d.config), *(["auto"] if d.config.tree == "auto" else [])]
                for name, d in loaded.items()},
     )  # fmt: skip
     file = RecordFile(Path(output), config)

@@ -7,7 +7,7 @@ import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..runtime import write_file
+from ..runtime import cache_folder, write_file
 
 TASKS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
@@ -107,7 +107,7 @@ def published_questions(cache_dir: str | os.PathLike | None = None) -> Path:
     Raises:
         OSError: it cannot be had.
     """
-    cache = Path(cache_dir or os.environ.get("FSPAD_HF_CACHE") or "~/.cache/fspad_hf").expanduser()
+    cache = cache_folder(cache_dir)
     path = cache / "spec_bench_question.jsonl"
     if not path.is_file():
         try:

@@ -19,7 +19,7 @@ from transformers.generation import (
 from ..modeling_fspad import FSPADDraftModel
 from .cache import ArenaCache
 from .target import Target
-from .tree import CandidateTree, prune
+from .tree import CandidateTree, TreeShape, prune
 from .verification import NoiseQueue
 
 # Functions of the scores alone, so the draft's distribution can be put through them as the target's is.
@@ -82,18 +82,19 @@ class FSPADCandidateGenerator(CandidateGenerator):
         self._logit_feature, self._feature = out.logit_features[:, -1:], out.features[:, -1:]
 
     @torch.no_grad()
-    def grow(self, root: torch.LongTensor, depth: int) -> CandidateTree:
+    def grow(self, root: torch.LongTensor, shape: TreeShape) -> CandidateTree:
         """
-        Grows a tree of at most `depth` levels below `root` (`[1, 1]`) and keeps its best nodes.
+        Grows a tree of at most `shape.depth` levels below `root` (`[1, 1]`) and keeps its best nodes.
 
         Level 1 is the root's top k children. Of each level the k best nodes are expanded by one batched draft step,
         k children each; at the end the best of all nodes by cumulative log-confidence are kept.
         """
+        depth, k, total = shape
         if depth < 1:
             return CandidateTree.root(root)
-        k, device = self.config.tree_top_k, self.draft.device
+        device = self.draft.device
         rows = self.noise.peek(depth) if self.noise is not None else None  # [depth, V]
-        confidences, tokens = self._children(self._logit_feature, rows, 0)  # [1, 1, k]
+        confidences, tokens = self._children(self._logit_feature, k, rows, 0)  # [1, 1, k]
         frontier_scores, frontier_tokens = confidences[0, 0], tokens[0, 0]
         frontier_features = self._feature.expand(-1, k, -1)
         frontier_nodes = torch.arange(1, k + 1, device=device)
@@ -107,7 +108,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
             positions = torch.full((1, k), start + level - 1)
             self.cache.length = start + (level - 1) * k  # append after the levels above
             out = self._step(frontier_tokens[None], frontier_features, positions, _additive(mask, self.draft.dtype))
-            confidences, tokens = self._children(out.logit_features, rows, level)  # [1, k, k]
+            confidences, tokens = self._children(out.logit_features, k, rows, level)  # [1, k, k]
             scores = (frontier_scores[:, None] + confidences[0]).flatten()
             levels.append((tokens.flatten(), frontier_nodes.repeat_interleave(k), scores))
             best = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).topk(k).indices
@@ -120,7 +121,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
 
         depths = torch.cat([torch.full_like(part[0], level + 1) for level, part in enumerate(levels)])
         tokens, parents, scores = (torch.cat(parts) for parts in zip(*levels, strict=True))
-        return prune(root.to(device), tokens, parents, depths, scores, self.config.tree_total_nodes)
+        return prune(root.to(device), tokens, parents, depths, scores, total)
 
     def get_candidates(self, input_ids: torch.LongTensor, model_outputs=None, is_first_iteration=False, **kwargs):
         """
@@ -137,7 +138,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         start = self.cache.length
         new = input_ids.shape[1] - 1 - start
         self.accept(model_outputs.hidden_states[-1][:, :new], input_ids[:, start + 1 :])
-        tree = self.grow(input_ids[:, -1:], self.config.tree_depth)
+        tree = self.grow(input_ids[:, -1:], TreeShape.of(self.config))
         path, node = [], 0
         first_child = {}
         for child, parent in enumerate(tree.parents[0].tolist()[1:], start=1):
@@ -160,7 +161,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
             cache=self.cache,
         )
 
-    def _children(self, logit_features: torch.Tensor, rows: torch.Tensor | None, depth: int):
+    def _children(self, logit_features: torch.Tensor, k: int, rows: torch.Tensor | None, depth: int):
         """
         The top k children of each node: log-confidences and tokens, both `[1, nodes, k]`.
 
@@ -175,7 +176,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
             noise = rows[depth].to(scores.device)
             log_noise = (noise if ids is None else noise[ids]).clamp(min=torch.finfo(torch.float32).tiny).log()
             scores = (self.config.coupling_kappa * (self.config.coupling_sharpness * flat - log_noise))[None]
-        values, tokens = scores.topk(self.config.tree_top_k, dim=-1)
+        values, tokens = scores.topk(k, dim=-1)
         return values - scores.logsumexp(-1, keepdim=True), tokens if ids is None else ids[tokens]
 
 

@@ -16,6 +16,7 @@ from .cache import ArenaCache
 from .candidate_generator import FSPADCandidateGenerator
 from .probe import probe
 from .target import Target
+from .tuning import trees_of
 from .verification import NoiseQueue, TokenEmitter, walk
 
 
@@ -89,15 +90,16 @@ def tree_decoding(
             arena = ArenaCache.from_dynamic(prefill_cache)
             stack.callback(arena.append_to, prefill_cache)  # also when the user's code raises
             shown = prefix[0].to(features.device)
-            new_features, new_tokens = features[:, shown], emitter.input_ids[:, 1:][:, prefix[0].to(input_ids.device)]
+            unread = [(features[:, shown], emitter.input_ids[:, 1:][:, prefix[0].to(input_ids.device)])]
+            trees = trees_of(target, draft)
 
         while not emitter.finished:
-            length = emitter.input_ids.shape[1]
-            depth = depth_limit(
-                draft.config.tree_depth, length, offset, generation_config.max_length, target.text_config
-            )
-            generator.accept(new_features, new_tokens)
-            tree = generator.grow(emitter.input_ids[:, -1:], depth)
+            length, shape = emitter.input_ids.shape[1], trees.choose()
+            depth = depth_limit(shape.depth, length, offset, generation_config.max_length, target.text_config)
+            if depth:  # a plain step leaves the draft behind; it catches up before its next tree
+                generator.accept(*(torch.cat(parts, dim=1) for parts in zip(*unread, strict=True)))
+                unread = []
+            tree = generator.grow(emitter.input_ids[:, -1:], shape._replace(depth=depth))
             logits, features = target.verify(tree, arena, prefix, position=length - 1 + offset)
             if on_round is not None:
                 on_round(tree)
@@ -106,9 +108,10 @@ def tree_decoding(
                 walk(tree, logits, emitter, path)
             finally:
                 arena.keep(path)
+            trees.observe(tree, path)
             record.accepted_lengths.append(len(path))
             prefix = torch.cat((prefix, prefix.new_ones(1, len(path))), dim=-1)
-            new_features, new_tokens = features[:, path], emitter.input_ids[:, -len(path) :]
+            unread.append((features[:, path], emitter.input_ids[:, -len(path) :]))
 
     if streamer is not None:
         streamer.end()

@@ -5,8 +5,29 @@ parent always comes before its children.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+
+
+class TreeShape(NamedTuple):
+    """
+    How a tree is grown.
+
+    Args:
+        depth: levels below the root; with 0 there is nothing but the root, which is plain decoding.
+        top_k: children of a node, and nodes expanded at each level.
+        total_nodes: nodes kept, the root not counted.
+    """
+
+    depth: int
+    top_k: int
+    total_nodes: int
+
+    @classmethod
+    def of(cls, config) -> "TreeShape":
+        """The shape that an [`FSPADConfig`] names."""
+        return cls(config.tree_depth, config.tree_top_k, config.tree_total_nodes)
 
 
 @dataclass
@@ -16,11 +37,13 @@ class CandidateTree:
         tokens (`[batch, nodes]`): token ids.
         parents (`[batch, nodes]`): index of each node's parent; the root's is 0.
         depths (`[batch, nodes]`): distance from the root.
+        scores (`[batch, nodes]`): cumulative log-confidences, the root's 0; `None` for trees that no draft grew.
     """
 
     tokens: torch.LongTensor
     parents: torch.LongTensor
     depths: torch.LongTensor
+    scores: torch.Tensor | None = None
 
     @classmethod
     def root(cls, tokens: torch.LongTensor) -> "CandidateTree":
@@ -31,7 +54,8 @@ class CandidateTree:
         return self.tokens.shape[1]
 
     def to(self, device: torch.device) -> "CandidateTree":
-        return CandidateTree(self.tokens.to(device), self.parents.to(device), self.depths.to(device))
+        scores = None if self.scores is None else self.scores.to(device)
+        return CandidateTree(self.tokens.to(device), self.parents.to(device), self.depths.to(device), scores)
 
     def ancestors(self) -> torch.BoolTensor:
         """`[batch, nodes, nodes]`: True where the column is the row's node itself or one of its ancestors."""
@@ -100,4 +124,5 @@ def prune(
         torch.cat((root[0], tokens[kept]))[None],
         torch.cat((zero, renumbered[parents[kept]]))[None],
         torch.cat((zero, depths[kept]))[None],
+        torch.cat((scores.new_zeros(1), scores[kept]))[None],
     )

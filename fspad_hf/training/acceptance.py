@@ -14,6 +14,7 @@ from ..generation.candidate_generator import FSPADCandidateGenerator
 from ..generation.decoding import SpeculationRecord, depth_limit
 from ..generation.probe import probe
 from ..generation.target import Target
+from ..generation.tree import TreeShape
 from ..generation.verification import walk
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel
@@ -73,6 +74,7 @@ def simulate(
     if features is None:
         features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
     generator = FSPADCandidateGenerator(draft, view, logits_processor, noise)
+    shape = TreeShape.of(draft.config)
     emitter, record, taken = KnownTokens(sequence[0].tolist(), prompt_length + 1), SpeculationRecord(), 0
     while not emitter.finished:
         length = emitter.at
@@ -80,8 +82,8 @@ def simulate(
         taken = length - 1
         if noise is not None:
             noise.at = length - prompt_length
-        depth = depth_limit(draft.config.tree_depth, length, 0, max_length, view.text_config)
-        tree = generator.grow(sequence[:, length - 1 : length], depth)
+        depth = depth_limit(shape.depth, length, 0, max_length, view.text_config)
+        tree = generator.grow(sequence[:, length - 1 : length], shape._replace(depth=depth))
         path: list[int] = []
         walk(tree, features.new_empty(1, len(tree), 0), emitter, path)
         record.accepted_lengths.append(len(path))

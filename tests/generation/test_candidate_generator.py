@@ -6,6 +6,7 @@ from transformers.generation import CandidateGenerator
 import fspad_hf
 from fspad_hf import FSPADCandidateGenerator
 from fspad_hf.generation.target import Target
+from fspad_hf.generation.tree import TreeShape
 from fspad_hf.generation.verification import NoiseQueue
 
 from .. import tiny
@@ -38,7 +39,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, voc
     torch.manual_seed(3)
     noise = NoiseQueue(torch.device("cpu"), 64) if kappa else None
     generator, features = prepared(llama, draft, prompt, noise)
-    tree = generator.grow(prompt[:, -1:], depth)
+    tree = generator.grow(prompt[:, -1:], TreeShape.of(draft.config))
     rows = noise.peek(depth) if kappa else None
 
     def expand(path):
@@ -73,7 +74,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, voc
 
 def test_depth_zero_is_the_root_alone(llama, prompt):
     generator, _ = prepared(llama, fresh_draft(llama), prompt)
-    assert generator.grow(prompt[:, -1:], 0).tokens.tolist() == prompt[:, -1:].tolist()
+    assert generator.grow(prompt[:, -1:], TreeShape(0, 3, 3)).tokens.tolist() == prompt[:, -1:].tolist()
 
 
 def test_coupled_drafting_accepts_more(llama, prompt):

@@ -1,0 +1,176 @@
+"""What a round of speculation costs, measured once for a pair of models on a device, and stored."""
+
+import contextlib
+import hashlib
+import json
+import time
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+
+import torch
+import transformers
+from transformers.cache_utils import DynamicCache
+
+from ..host import CACHE
+from ..modeling_fspad import FSPADDraftModel
+from ..runtime import cache_folder, write_json
+from .cache import ArenaCache
+from .candidate_generator import FSPADCandidateGenerator
+from .target import Target
+from .tree import CandidateTree, TreeShape
+
+PROMPT = 256  # tokens behind which everything is timed
+REPEATS = 5  # of each measurement, the quickest counts
+
+
+@dataclass(frozen=True)
+class RoundCosts:
+    """
+    Seconds. Between the sizes that were measured costs are interpolated.
+
+    Args:
+        verify: (rows, seconds) of a forward of the target, ascending; the first is a single row.
+        level: (top_k, seconds) of each further level of a draft tree, ascending.
+        first: (top_k, seconds) of all the rest: reading the accepted tokens, the first level, pruning.
+    """
+
+    verify: tuple[tuple[int, float], ...]
+    level: tuple[tuple[int, float], ...]
+    first: tuple[tuple[int, float], ...]
+
+    def round(self, shape: TreeShape) -> float:
+        """Of a round with such a tree; with a `depth` of 0, of a plain step."""
+        if not shape.depth:
+            return _between(self.verify, 1)
+        drafted = _between(self.first, shape.top_k) + (shape.depth - 1) * _between(self.level, shape.top_k)
+        return drafted + _between(self.verify, shape.total_nodes + 1)
+
+
+def round_costs(target: Target, draft: FSPADDraftModel) -> RoundCosts:
+    """
+    The costs of a pair: those measured before on such a device, or measured now, which takes some twenty rounds.
+
+    They are kept on the target, and in a file of the cache folder, so that other processes choose the same trees; if
+    that cannot be written they are measured again in each process.
+    """
+    key = _key(target, draft)
+    known = target.model.__dict__.setdefault("_fspad_costs", {})
+    if key not in known:
+        file = cache_folder() / "costs" / f"{key}.json"
+        try:
+            known[key] = _read(file)
+        except (OSError, ValueError, KeyError, TypeError):
+            known[key] = measure(target, draft)
+            with contextlib.suppress(OSError):
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, asdict(known[key]))
+    return known[key]
+
+
+@torch.no_grad()
+def measure(target: Target, draft: FSPADDraftModel) -> RoundCosts:
+    """
+    Times verification forwards and the growing of trees, by the functions that decoding runs.
+
+    Args:
+        target: listening, see [`Target.listening`].
+    """
+    largest = TreeShape.of(draft.config)
+    vocabulary, device = target.text_config.vocab_size, target.device
+    room = getattr(target.text_config, "max_position_embeddings", None) or PROMPT + largest.depth + 1
+    ids = torch.arange(max(min(PROMPT, room - largest.depth - 1), 2), device=device)[None] % vocabulary
+    with target._armed() as caught:
+        cache = DynamicCache(config=target.text_config)
+        outputs = target.model(
+            input_ids=ids, use_cache=True, return_dict=True, output_hidden_states=not target.use_hook, **{CACHE: cache}
+        )
+        features = target._features(outputs, caught)
+    arena, prefix = ArenaCache.from_dynamic(cache), torch.ones_like(ids, dtype=torch.bool)
+    generator = FSPADCandidateGenerator(draft, target)
+    generator.accept(features[:, :-1], ids[:, 1:])
+    root, length = ids[:, -1:], generator.cache.length
+
+    def verify(rows: int):
+        tokens = torch.arange(rows, device=device)[None] % vocabulary
+        zeros = torch.zeros_like(tokens)
+        target.verify(CandidateTree(tokens, zeros, tokens.clamp(max=1)), arena, prefix, position=ids.shape[1])
+
+    def draw(shape: TreeShape):
+        generator.cache.length = length - 1
+        generator.accept(features[:, -2:-1], root)
+        generator.grow(root, shape)
+
+    rows = sorted({1, 2, *_halvings(largest.total_nodes + 1)})
+    widths = sorted({*_halvings(largest.top_k)})
+    forwards = _quickest(device, {n: lambda n=n: verify(n) for n in rows})
+    short, long = (
+        _quickest(device, {k: lambda k=k, d=d: draw(_shape(d, k, largest)) for k in widths}) for d in (1, 3)
+    )
+    level = {k: max(long[k] - short[k], 0.0) / 2 for k in widths}
+    return RoundCosts(*(tuple(sorted(part.items())) for part in (forwards, level, short)))
+
+
+def _shape(depth: int, top_k: int, largest: TreeShape) -> TreeShape:
+    return TreeShape(depth, top_k, min(largest.total_nodes, top_k + (depth - 1) * top_k**2))
+
+
+def _quickest(device: torch.device, tasks: dict) -> dict[int, float]:
+    """The least seconds of each task, taken in turns."""
+    taken: dict[int, list[float]] = {name: [] for name in tasks}
+    for repeat in range(REPEATS + 1):
+        for name, task in tasks.items():
+            _synchronize(device)
+            began = time.perf_counter()
+            task()
+            _synchronize(device)
+            if repeat:  # the first warms up
+                taken[name].append(time.perf_counter() - began)
+    return {name: min(seconds) for name, seconds in taken.items()}
+
+
+def _synchronize(device: torch.device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _halvings(size: int) -> list[int]:
+    sizes = [size]
+    while sizes[-1] > 2:
+        sizes.append((sizes[-1] + 1) // 2)
+    return sizes
+
+
+def _between(points: tuple[tuple[int, float], ...], at: int) -> float:
+    """Linear between the points, constant beyond them."""
+    if at <= points[0][0]:
+        return points[0][1]
+    for (low, before), (high, after) in pairwise(points):
+        if at <= high:
+            return before + (after - before) * (at - low) / (high - low)
+    return points[-1][1]
+
+
+def _key(target: Target, draft: FSPADDraftModel) -> str:
+    """Whatever may change a cost."""
+    model, device = target.model, target.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    told = {
+        "target": _fields(model.config),
+        "draft": _fields(draft.config),
+        "place": [str(device), name, str(model.dtype), str(draft.dtype), torch.get_num_threads()],
+        "attention": target.text_config._attn_implementation,
+        "versions": [torch.__version__, transformers.__version__],
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _fields(config) -> dict:
+    return {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "weights_sha256", "dtype")}
+
+
+def _read(file) -> RoundCosts:
+    told = json.loads(file.read_text())
+    costs = RoundCosts(*(tuple((int(n), float(s)) for n, s in told[part]) for part in ("verify", "level", "first")))
+    if not all(part and all(seconds >= 0 for _, seconds in part) for part in vars(costs).values()):
+        raise ValueError(f"{file} is not a measurement.")
+    return costs

@@ -1,0 +1,126 @@
+"""`tree="auto"`: each round's tree is the one that promises most tokens a second.
+
+What a tree costs is measured once, see [`RoundCosts`]; what it yields is learned from the accepted paths of the call,
+and from nothing else, so that a run repeats. A round that accepted a path through a large tree tells what every
+smaller one would have accepted: the same path, as far as its nodes are among that tree's.
+"""
+
+import math
+
+from ..modeling_fspad import FSPADDraftModel
+from .costs import RoundCosts, round_costs
+from .target import Target
+from .tree import CandidateTree, TreeShape
+
+PLAIN = TreeShape(0, 0, 0)
+MEMORY = 0.95  # of what is known of a shape, at each round that tells something new
+PRIOR = 0.6  # chance that a level is accepted, before anything is known; worth one round
+LOOK_UP = 64  # rounds of smaller trees after which the largest is tried again
+FIRST_PAUSE = 64  # plain tokens after which speculation is tried again; twice as many each time
+
+
+class FixedTrees:
+    """Every round's tree has the configuration's shape."""
+
+    def __init__(self, config):
+        self.shape = TreeShape.of(config)
+
+    def choose(self) -> TreeShape:
+        return self.shape
+
+    def observe(self, tree: CandidateTree, path: list[int]):
+        """Nothing to learn."""
+
+
+class TunedTrees:
+    """
+    Chooses each round's shape among [`ladder`], by expected tokens over measured seconds.
+
+    Args:
+        config: a [`FSPADConfig`]; its tree is the largest that is grown.
+        costs: of this draft and target, on this device.
+    """
+
+    def __init__(self, config, costs: RoundCosts):
+        self.shapes = ladder(config)
+        self.seconds = {shape: costs.round(shape) for shape in self.shapes}
+        self._rounds = dict.fromkeys(self.shapes, 1.0)
+        self._tokens = {s: sum(PRIOR**level for level in range(s.depth + 1)) for s in self.shapes}
+        self._shape, self._plain, self._small, self._pause = PLAIN, 0, 0, FIRST_PAUSE
+
+    def choose(self) -> TreeShape:
+        """The next round's shape; a `depth` of 0 is a plain step."""
+        best, largest = max(self.shapes, key=self._speed), self.shapes[-1]
+        if best == PLAIN and self._plain >= self._pause:
+            best, self._pause = max(self.shapes[1:], key=self._speed), 2 * self._pause
+        elif best != PLAIN and self._small >= LOOK_UP:
+            best = largest
+        self._plain = self._plain + 1 if best == PLAIN else 0
+        self._small = 0 if best == largest else self._small + (best != PLAIN)
+        self._shape = best
+        return best
+
+    def observe(self, tree: CandidateTree, path: list[int]):
+        """
+        Learns from a round.
+
+        Args:
+            path: the nodes of `tree` at which tokens were drawn, the root first.
+        """
+        if len(tree) == 1:
+            return
+        grown = self._shape
+        needed = _needed(tree, path)
+        for shape in self.shapes[1:]:
+            if all(ours <= theirs for ours, theirs in zip(shape, grown, strict=True)):
+                accepted = 1
+                for depth, top_k, total_nodes in needed:
+                    if depth > shape.depth or top_k > shape.top_k or total_nodes > shape.total_nodes:
+                        break
+                    accepted += 1
+                self._rounds[shape] = MEMORY * self._rounds[shape] + 1
+                self._tokens[shape] = MEMORY * self._tokens[shape] + accepted
+
+    def _speed(self, shape: TreeShape) -> float:
+        return self._tokens[shape] / self._rounds[shape] / self.seconds[shape]
+
+
+def ladder(config) -> list[TreeShape]:
+    """Plain decoding first, then every depth with about every halving of the configuration's nodes; itself last."""
+    depth, top_k, total_nodes = TreeShape.of(config)
+    shapes = {TreeShape(depth, top_k, total_nodes)}
+    nodes = total_nodes
+    while nodes >= 2:
+        width = max(math.ceil(top_k * math.sqrt(nodes / total_nodes)), 1)
+        for levels in range(1, min(depth, nodes) + 1):
+            reach = width + (levels - 1) * width**2
+            shapes.add(TreeShape(levels, width, min(nodes, reach)))
+        nodes //= 2
+    return [PLAIN, *sorted(shapes, key=lambda shape: (shape.total_nodes, shape))]
+
+
+def _needed(tree: CandidateTree, path: list[int]) -> list[TreeShape]:
+    """
+    For each accepted node of a path the smallest shape that surely has it: its depth, its place among its siblings or
+    its parent's among the nodes of its level, and its place among all nodes, by score.
+
+    A narrower tree grows less, so places in it are the same or better.
+    """
+    scores, parents, depths = (part[0].tolist() for part in (tree.scores, tree.parents, tree.depths))
+
+    def place(node: int, among) -> int:
+        return 1 + sum((-scores[other], other) < (-scores[node], node) for other in among if other != node)
+
+    nodes, needed, expanded = range(1, len(tree)), [], 1
+    for node in path[1:]:
+        siblings = [other for other in nodes if parents[other] == parents[node]]
+        needed.append(TreeShape(depths[node], max(place(node, siblings), expanded), place(node, nodes)))
+        expanded = place(node, [other for other in nodes if depths[other] == depths[node]])
+    return needed
+
+
+def trees_of(target: Target, draft: FSPADDraftModel) -> FixedTrees | TunedTrees:
+    """The trees of a call, as the draft's configuration wants them."""
+    if draft.config.tree == "auto":
+        return TunedTrees(draft.config, round_costs(target, draft))
+    return FixedTrees(draft.config)
