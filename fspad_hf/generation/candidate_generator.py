@@ -176,8 +176,8 @@ class FSPADCandidateGenerator(CandidateGenerator):
             noise = rows[depth].to(scores.device)
             log_noise = (noise if ids is None else noise[ids]).clamp(min=torch.finfo(torch.float32).tiny).log()
             scores = (self.config.coupling_kappa * (self.config.coupling_sharpness * flat - log_noise))[None]
-        values, tokens = scores.topk(k, dim=-1)
-        return values - scores.logsumexp(-1, keepdim=True), tokens if ids is None else ids[tokens]
+        values, tokens = scores.log_softmax(-1).topk(k, dim=-1)
+        return values, tokens if ids is None else ids[tokens]
 
 
 def _additive(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
