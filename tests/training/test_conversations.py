@@ -15,7 +15,7 @@ from fspad_hf.training.preview import TRAINED, preview
 from fspad_hf.training.templates import TemplateProblem, assistant_span
 
 from .. import tiny
-from .chat import CHAT, CHATML, chat_tokenizer, saved_target, talker, write_chats
+from .chat import CHAT, CHATML, TEMPLATES, chat_tokenizer, saved_target, talker, write_chats
 
 TRUTH = {  # by hand: [[...]] is what the assistant writes
     "chatml": "<|im_start|>system\nbe nice<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -98,6 +98,25 @@ def test_templates_whose_masks_say_nothing_are_refused(template, said):
         return
     with pytest.raises(TemplateProblem, match=said):
         tokenize(tokenizer, CHAT)
+
+
+@pytest.mark.parametrize("family", TRUTH)
+def test_an_unfinished_answer_trains_no_closing(family):
+    tokenizer = chat_tokenizer(family)
+    for said in ("so \n.  so", "so "):
+        cut = {"role": "assistant", "content": said, "unfinished": True}
+        chat = conversation({"messages": [*CHAT[:3], cut]}, "x")
+        assert chat[-1] == cut
+        ids, mask = tokenize(tokenizer, chat)
+        told = TRUTH[family].replace("so \n.  so", said)
+        expected = told[: told.index(said, told.index("why")) + len(said)]
+        if "start_of_turn" in told or "eot" in told:  # these templates trim
+            expected = expected.rstrip()
+        assert marked(tokenizer, ids, mask) == expected + "]]"
+    assert "unfinished" not in conversation({"messages": [{**CHAT[1], "unfinished": "no"}]}, "x")[0]
+    tokenizer.chat_template = TEMPLATES[family][0].replace("m['content']", "m['content'] | upper")
+    with pytest.raises(TemplateProblem, match="does not appear"):
+        tokenize(tokenizer, [*chat[:3], cut])
 
 
 def test_a_conversation_of_answers_alone_is_refused():
