@@ -4,9 +4,9 @@ At step 1 position t reads the target's f_t. At step j > 1 it reads o_feature of
 the draft's guess of f_t, and attends to what the cache would hold j levels deep: rows made from true features up to
 position t - j + 1, where the root was drawn, and then one row of each later step, the last of them its own.
 
-The fed features are constants (as in HASS; EAGLE-3 lets gradients through). A later step then trains the draft to do
-with the features it gets, and its token loss never reaches the half of the output that regresses the feature: partial
-alignment holds at every step.
+The fed features are constants (EAGLE-3 lets gradients through them). A later step then trains the draft to do with the
+features it gets, and its token loss never reaches the half of the output that regresses the feature: partial alignment
+holds at every step.
 """
 
 from collections.abc import Callable
