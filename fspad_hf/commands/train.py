@@ -49,6 +49,10 @@ def add_arguments(parser) -> None:
     add(training, "--clip-value", type=float, metavar="G", help="largest gradient of a weight (default: 0.5)")
     add(training, "--head-sample", type=int, metavar="N", help="sampled softmax: N frequent ids (default: 0, all)")
     add(training, "--head-extra", type=int, metavar="N", help="sampled softmax: N others a step (default: 2048)")
+    add(training, "--self-steps", type=int, metavar="N", help="runs of the draft, after the first on its own features")
+    add(training, "--self-step-decay", type=float, metavar="D", help="run j weighs D^(j-1) (default: 1)")
+    add(training, "--top-k-weight", type=float, metavar="W", help="of the target's first tokens, added (default: 0)")
+    add(training, "--top-k", type=int, metavar="N", help="how many tokens those are (default: 10)")
     add(training, "--mixed-precision", choices=("no", "bf16"), help="default: accelerate's, else no")
     add(training, "--seed", type=int, metavar="N", help="default: 0")
 

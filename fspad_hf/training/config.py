@@ -9,8 +9,9 @@ from pathlib import Path
 CHOICES = {"schedule": ("cosine", "linear"), "mixed_precision": ("no", "bf16"), "best_by": ("tau", "loss")}
 AT_LEAST = {
     "steps": 1, "batch_rows": 1, "micro_rows": 1, "warmup_steps": 0, "weight_decay": 0, "feature_weight": 0,
-    "logit_weight": 0, "noise": 0, "head_sample": 0, "head_extra": 0, "checkpoint_every": 1, "validate_every": 0,
-    "validate_rows": 1, "validate_tokens": 1, "coupling_positions": 0, "log_every": 1, "seed": 0,
+    "logit_weight": 0, "self_steps": 1, "top_k_weight": 0, "top_k": 1, "noise": 0, "head_sample": 0, "head_extra": 0,
+    "checkpoint_every": 1, "validate_every": 0, "validate_rows": 1, "validate_tokens": 1, "coupling_positions": 0,
+    "log_every": 1, "seed": 0,
 }  # fmt: skip
 # The curve of losses is the same whatever these are, so a run may go on with others.
 MAY_CHANGE = ("output_dir", "micro_rows", "checkpoint_every", "log_every", "report_to")
@@ -37,6 +38,10 @@ class TrainingConfig:
     clip_value: float = 0.5
     feature_weight: float = 1.0
     logit_weight: float = 0.1
+    self_steps: int = 1  # runs of the draft a row, all but the first on features of its own; beyond the paper ...
+    self_step_decay: float = 1.0  # ... the j-th weighs decay^(j-1) in their mean
+    top_k_weight: float = 0.0  # of the target's likeliest tokens once more in the logit part; beyond the paper ...
+    top_k: int = 10  # ... how many
     noise: float = 0.1  # U(-noise, noise) * 512 / row length, added to the input features
     head_sample: int = 0  # 0: the whole vocabulary; else the most frequent ids kept in a sampled softmax ...
     head_extra: int = 2048  # ... and how many others are drawn each step
@@ -64,6 +69,13 @@ class TrainingConfig:
         for name in ("learning_rate", "clip_value"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} would train nothing: expected more than 0.")
+        if not 0 < self.self_step_decay <= 1:
+            raise ValueError(f"self_step_decay={self.self_step_decay}: expected more than 0, at most 1.")
+        if self.top_k_weight and self.head_sample:
+            raise ValueError(
+                f"top_k_weight={self.top_k_weight} with head_sample={self.head_sample}: the target's likeliest tokens "
+                "are only known over the whole vocabulary; expected one of them to be 0."
+            )
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas}: expected AdamW's two, each at least 0 and below 1.")
         for name, choices in CHOICES.items():

@@ -12,12 +12,13 @@ ROLES = {
     "system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
     "gpt": "assistant", "model": "assistant", "chatgpt": "assistant", "bot": "assistant", "tool": "tool",
 }  # fmt: skip
+UNFINISHED = "unfinished"  # true on an answer that was cut: what would close it was never written
 EXPECTED = "`messages` (role, content), ShareGPT's `conversations` (from, value), or `prompt` and `completion`"
 
 
 def load_conversations(source: str, split: str = "train") -> list[list[dict[str, str]]]:
     """
-    The conversations of a source, each a list of {"role", "content"}.
+    The conversations of a source, each a list of {"role", "content"}; an answer that was cut has "unfinished", too.
 
     Args:
         source: a .jsonl file, read as it is; a .json or .parquet file or a Hub data set id, read by `datasets`.
@@ -61,7 +62,8 @@ def user_turns(messages: list[dict[str, str]]) -> list[str]:
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
     """
-    Ids of a conversation, and True on the tokens that the assistant writes: each answer and what closes it.
+    Ids of a conversation, and True on the tokens that the assistant writes: each answer and what closes it. If the
+    last message is unfinished, the ids end with it.
 
     A template with `{% generation %}` says itself which they are. For any other one, answer i is what rendering the
     first i messages and it adds to rendering those before it with the assistant's opening.
@@ -84,6 +86,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]])
             f"By the chat template {kind} of a conversation of {len(messages)} messages is the assistant's: expected "
             "some. Mark the assistant's turns in the template by {% generation %} ... {% endgeneration %}."
         )
+    if messages and messages[-1].get(UNFINISHED):
+        until = encode(tokenizer, render(tokenizer, messages, unfinished=True))[0]
+        kept = next((i for i, pair in enumerate(zip(ids, until, strict=False)) if pair[0] != pair[1]), len(until))
+        ids, mask = ids[:kept], mask[:kept]
     return ids, mask
 
 
@@ -119,7 +125,8 @@ def _message(turn, role: str, content: str, where: str) -> dict[str, str]:
         said = "".join(part["text"] for part in said)
     if not isinstance(said, str):
         raise ValueError(f"{where} has the turn {_shown(turn)}: expected a text in `{content}`.")
-    return {"role": ROLES[turn[role]], "content": said}
+    cut = {UNFINISHED: True} if turn.get(UNFINISHED) is True else {}
+    return {"role": ROLES[turn[role]], "content": said, **cut}
 
 
 def _json_lines(path: Path) -> Iterator:

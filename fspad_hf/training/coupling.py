@@ -124,11 +124,12 @@ def run_calibration(
     if rows < 1:
         raise ValueError(f"rows={rows} leaves no text to fit to: expected 1 or more.")
     models = load_models(target, draft, device, dtype, cpu_tree=False)
-    found = load_training_rows(data, models.tokenizer, vocab_size=models.target.config.get_text_config().vocab_size)
+    vocab_size = models.target.config.get_text_config().vocab_size
+    found = load_training_rows(data, models.tokenizer, vocab_size=vocab_size, last=rows)
     if found.segments is not None:
         raise ValueError(f"data={list(data)} are conversations: expected rows of token ids; write them with selfplay.")
-    with status(f"Drawing at {positions} tokens of {min(rows, len(found.ids))} rows"):
-        fitted = fit_coupling(models.draft, models.target, found.ids[-rows:], found.mask[-rows:], positions, seed)
+    with status(f"Drawing at {positions} tokens of {len(found.ids)} rows"):
+        fitted = fit_coupling(models.draft, models.target, found.ids, found.mask, positions, seed)
     config = draft_config(models.draft_name)
     config.coupling_sharpness, config.coupling_kappa = fitted["sharpness"], fitted["kappa"]
     write_file(Path(models.draft_name) / "config.json", config.to_json_string())

@@ -54,7 +54,7 @@ class TrainingRows:
 
 def load_training_rows(
     data: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, row_length: int = 1024, split: str = "train",
-    exclude: Sequence[str | Path] = (), vocab_size: int | None = None,
+    exclude: Sequence[str | Path] = (), vocab_size: int | None = None, last: int | None = None,
 ) -> TrainingRows:  # fmt: skip
     """
     Rows to train on, from whatever `--data` names.
@@ -67,6 +67,7 @@ def load_training_rows(
         split: of a Hub data set.
         exclude: files of prompts, see [`load_excluded`]; conversations that hold one are dropped.
         vocab_size: the target's; no id may reach it.
+        last: only so many rows from the end; no others are looked at.
 
     Raises:
         ValueError: nothing there, both kinds at once, data of another tokenizer or template, or a mask that is all
@@ -77,9 +78,9 @@ def load_training_rows(
         raise ValueError(f"data={[str(source) for source in data]}: expected token rows or conversations, not both.")
     excluded = load_excluded(exclude)
     if kinds.pop():
-        rows = _token_rows(data, tokenizer, excluded)
+        rows = _token_rows(data, tokenizer, excluded, last)
     else:
-        rows = _packed(data, tokenizer, row_length, split, excluded)
+        rows = _packed(data, tokenizer, row_length, split, excluded)[-(last or 0) :]
     highest = int(rows.ids.max())
     if vocab_size is not None and highest >= vocab_size:
         raise ValueError(
@@ -148,7 +149,7 @@ def is_token_rows(source: str | Path) -> bool:
     return path.is_dir() or path.suffix == ".npy"
 
 
-def _token_rows(data: Sequence[str | Path], tokenizer, excluded: list[str]) -> TrainingRows:
+def _token_rows(data: Sequence[str | Path], tokenizer, excluded: list[str], last: int | None) -> TrainingRows:
     if excluded:
         raise ValueError(
             "exclude works on conversations: write token rows without those prompts by fspad-hf selfplay."
@@ -161,7 +162,7 @@ def _token_rows(data: Sequence[str | Path], tokenizer, excluded: list[str]) -> T
                     f"data={str(folder)!r} was written by {made.get('target')!r} in another chat template than this "
                     "target's: expected rows of the same target; write them with fspad-hf selfplay."
                 )
-    ids = torch.from_numpy(load_token_rows(data).astype(np.int64))
+    ids = torch.from_numpy(load_token_rows(data)[-(last or 0) :].astype(np.int64))
     if ids.numel() == 0:
         raise ValueError(f"data={[str(source) for source in data]} holds no rows: expected token ids, [rows, length].")
     return TrainingRows(ids, span_mask(ids, *assistant_span(tokenizer)), None)

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .conversations import user_turns
+from .conversations import UNFINISHED, user_turns
 from .exclusion import is_excluded
 from .selfplay import SEED_STRIDE, eos_ids, target_identity
 from .shards import ShardFolder
 from .templates import encode, render
 
-Conversation = list[dict[str, str]]
+Conversation = list[dict[str, str | bool]]
 
 
 @torch.no_grad()
@@ -36,8 +36,8 @@ def regenerate(
     Answers every user's turn of every conversation by the target's `generate`, and saves batch by batch.
 
     Each answer is given to the conversation as regenerated so far. A conversation ends with an answer that
-    `max_new_tokens` cut short, or before a prompt of `row_length` tokens. An interrupted run goes on with the next
-    batch.
+    `max_new_tokens` cut short (marked unfinished, so that nothing the target did not write is trained on), or before a
+    prompt of `row_length` tokens. An interrupted run goes on with the next batch.
 
     Args:
         target: in eval mode, on its device.
@@ -121,9 +121,12 @@ class _Answerer:
             if not prompts:
                 return [_up_to_last_answer(messages) for messages in answered]
             for number, (text, finished) in zip(prompts, self._generate(list(prompts.values())), strict=True):
-                answered[number].append({"role": "assistant", "content": text})
+                message = {"role": "assistant", "content": text}
                 if not finished:
                     left[number].clear()
+                    message |= {"content": text.rstrip("\ufffd"), UNFINISHED: True}  # half of a character's bytes
+                if finished or message["content"].strip():
+                    answered[number].append(message)
 
     def _generate(self, prompts: list[list[int]]) -> list[tuple[str, bool]]:
         """(text, whether it ended by itself) of each answer."""

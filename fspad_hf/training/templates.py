@@ -78,17 +78,21 @@ def has_generation_tags(tokenizer: PreTrainedTokenizerBase) -> bool:
     return "endgeneration" in _template(tokenizer)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bool = False) -> str:
+def render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict], prompt: bool = False, unfinished: bool = False
+) -> str:
     """
-    The text of a conversation, ending in the assistant's opening if `prompt`.
+    The text of a conversation, ending in the assistant's opening if `prompt`, in its last message if `unfinished`.
 
     Raises:
         TemplateProblem: there is no chat template, or it refuses the conversation.
     """
     _template(tokenizer)
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-    except (TemplateError, TypeError, KeyError) as error:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=prompt, continue_final_message=unfinished
+        )
+    except (TemplateError, TypeError, KeyError, ValueError) as error:
         roles = [message.get("role") for message in messages]
         raise TemplateProblem(
             f"The chat template refuses a conversation with the roles {roles} ({error}): expected turns that it can "

@@ -21,7 +21,7 @@ from .coupling import fit_coupling
 from .data import TrainingRows
 from .frozen import FrozenTarget, TargetFeatures
 from .interrupt import Interrupts, TrainingInterrupted, noticed_interrupts
-from .losses import draft_loss
+from .losses import Objective, draft_loss
 from .packing import continues
 from .provenance import make_provenance, run_settings, save_draft
 from .schedule import learning_rate_at, noise_seeds, step_rows
@@ -84,8 +84,10 @@ def train(
     target = target.eval().requires_grad_(False)
     frozen = FrozenTarget(target, accelerator.device)
     frozen.check_sampling(config.head_sample)
+    objective = Objective(config.self_steps, config.self_step_decay, config.top_k_weight, config.top_k)
     held_out = held_out if held_out is not None and len(held_out.ids) else None
-    run = _Run(accelerator, config, draft, target, frozen, features or TargetFeatures(target), data, held_out)
+    features = features or TargetFeatures(target)
+    run = _Run(accelerator, config, objective, draft, target, frozen, features, data, held_out)
 
     settings = run_settings(draft, target, data, held_out, config)
     _check_agreement(settings, accelerator)
@@ -126,6 +128,7 @@ class _Run:
 
     accelerator: Accelerator
     config: TrainingConfig
+    objective: Objective
     draft: FSPADDraftModel
     target: PreTrainedModel
     frozen: FrozenTarget
@@ -170,7 +173,9 @@ def _gradients(run: _Run, model: nn.Module, step: int, interrupts: Interrupts) -
         last = start + config.micro_rows >= len(chosen)
         with nullcontext() if last else accelerator.no_sync(model):  # gradients cross processes once a step
             with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-                part = draft_loss(model, run.frozen.embed, head, ids, known, mask, config.noise, parts, seeds[micro])
+                part = draft_loss(
+                    model, run.frozen.embed, head, ids, known, mask, config.noise, parts, seeds[micro], run.objective
+                )
                 loss = (config.feature_weight * part.feature + config.logit_weight * part.logit) / positions
             accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
         sums[:-1] += torch.stack([getattr(part, name).detach().to(sums) for name in SUMS])
@@ -261,6 +266,10 @@ def _check(draft: FSPADDraftModel, rows: TrainingRows, config: TrainingConfig, a
     if len(rows.ids) == 0 or not rows.mask[:, 1:].any():
         raise ValueError(
             f"Nothing to train on: {len(rows.ids)} rows, {int(rows.mask.sum())} of their tokens in the loss."
+        )
+    if config.self_steps >= rows.ids.shape[1]:
+        raise ValueError(
+            f"self_steps={config.self_steps}, but the rows have {rows.ids.shape[1]} tokens: expected fewer steps."
         )
     if draft.dtype != torch.float32:
         raise ValueError(f"The draft is in {draft.dtype}: expected float32 weights; call draft.float() first.")

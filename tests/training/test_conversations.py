@@ -8,13 +8,14 @@ from hypothesis import strategies as st
 
 from fspad_hf import FSPADDraftModel
 from fspad_hf.cli import main
+from fspad_hf.training import data
 from fspad_hf.training.conversations import conversation, load_conversations, tokenize
 from fspad_hf.training.data import load_training_rows, span_mask
 from fspad_hf.training.preview import TRAINED, preview
 from fspad_hf.training.templates import TemplateProblem, assistant_span
 
 from .. import tiny
-from .chat import CHAT, CHATML, chat_tokenizer, saved_target, talker, write_chats
+from .chat import CHAT, CHATML, TEMPLATES, chat_tokenizer, saved_target, talker, write_chats
 
 TRUTH = {  # by hand: [[...]] is what the assistant writes
     "chatml": "<|im_start|>system\nbe nice<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
@@ -97,6 +98,25 @@ def test_templates_whose_masks_say_nothing_are_refused(template, said):
         return
     with pytest.raises(TemplateProblem, match=said):
         tokenize(tokenizer, CHAT)
+
+
+@pytest.mark.parametrize("family", TRUTH)
+def test_an_unfinished_answer_trains_no_closing(family):
+    tokenizer = chat_tokenizer(family)
+    for said in ("so \n.  so", "so "):
+        cut = {"role": "assistant", "content": said, "unfinished": True}
+        chat = conversation({"messages": [*CHAT[:3], cut]}, "x")
+        assert chat[-1] == cut
+        ids, mask = tokenize(tokenizer, chat)
+        told = TRUTH[family].replace("so \n.  so", said)
+        expected = told[: told.index(said, told.index("why")) + len(said)]
+        if "start_of_turn" in told or "eot" in told:  # these templates trim
+            expected = expected.rstrip()
+        assert marked(tokenizer, ids, mask) == expected + "]]"
+    assert "unfinished" not in conversation({"messages": [{**CHAT[1], "unfinished": "no"}]}, "x")[0]
+    tokenizer.chat_template = TEMPLATES[family][0].replace("m['content']", "m['content'] | upper")
+    with pytest.raises(TemplateProblem, match="does not appear"):
+        tokenize(tokenizer, [*chat[:3], cut])
 
 
 def test_a_conversation_of_answers_alone_is_refused():
@@ -206,6 +226,22 @@ def test_conversations_become_rows(tmp_path):
     assert 1 < len(dropped) < len(chats)  # "why 13" contains it, too
     lost = sum(sum(tokenize(tokenizer, chat[: len(chat) // 2 * 2])[1]) for chat in dropped)
     assert fewer.mask.sum() == rows.mask.sum() - lost
+
+
+def test_the_last_rows_alone_are_masked(tmp_path, monkeypatch):
+    tokenizer = chat_tokenizer("chatml")
+    said = torch.tensor([tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]] * 6)
+    said[:, -1] = torch.arange(6)
+    np.save(tmp_path / "a.npy", said.numpy().astype(np.uint16))
+    write_chats(tmp_path / "a.jsonl")
+    whole = {name: load_training_rows([tmp_path / name], tokenizer, row_length=200) for name in ("a.npy", "a.jsonl")}
+    seen = []
+    monkeypatch.setattr(data, "span_mask", lambda ids, *args: seen.append(len(ids)) or span_mask(ids, *args))
+    for name, rows in whole.items():
+        for last in (2, 100):
+            few = load_training_rows([tmp_path / name], tokenizer, row_length=200, last=last)
+            assert torch.equal(few.ids, rows.ids[-last:]) and torch.equal(few.mask, rows.mask[-last:])
+    assert seen == [2, 6]
 
 
 def test_bad_rows(tmp_path):

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fspad_hf.training.losses import SampledHead, draft_loss, fspad_loss
+from fspad_hf.modeling_fspad import FSPADDraftOutput
+from fspad_hf.training.losses import Objective, SampledHead, draft_loss, fspad_loss, step_losses
 
 from ..conftest import fresh_draft
 
@@ -29,8 +30,23 @@ def test_against_the_formula_and_its_gradient():
     assert int(sums.top1) == int((head(target).argmax(-1) == head(logit_features).argmax(-1))[mask].sum())
 
 
-def test_few_logits_live_at_once():
-    """Of the masked positions alone, and of two chunks at most: the target's and the draft's."""
+def test_the_targets_top_k_and_its_gradient():
+    torch.manual_seed(0)
+    head = nn.Linear(8, 40, bias=False).requires_grad_(False)
+    x, target, mask = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 8), torch.rand(2, 5) > 0.4
+    out = FSPADDraftOutput(logit_features=x, features=x)
+    for weight, k in ((0.7, 6), (2.0, 1), (1.0, 400)):
+        (sums,) = step_losses([out], [mask], target, head, 3, Objective(top_k_weight=weight, top_k=k))
+        weighed = head(target).softmax(-1) * head(x).log_softmax(-1)
+        top = head(target).topk(min(k, 40)).indices
+        expected = -(weighed.sum(-1) + weight * weighed.gather(-1, top).sum(-1))[mask].sum()
+        torch.testing.assert_close(sums.logit, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, x)[0] for loss in (sums.logit, expected)))
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_few_logits_live_at_once(steps):
+    """Of the masked positions alone, and of one chunk at most; the target's once for all steps."""
     alive = peak = asked = 0
     linear = nn.Linear(8, 40, bias=False).requires_grad_(False)
 
@@ -46,11 +62,11 @@ def test_few_logits_live_at_once():
         peak = max(peak, alive)
         return logits
 
-    logit_features, features = (torch.randn(4, 16, 8, requires_grad=True) for _ in range(2))
+    outs = [FSPADDraftOutput(*(torch.randn(4, 16, 8, requires_grad=True) for _ in range(2))) for _ in range(steps)]
     mask = torch.arange(64).view(4, 16) % 2 == 0
-    sums = fspad_loss(logit_features, features, torch.randn(4, 16, 8), mask, head, chunk=4)
-    (sums.feature + sums.logit).backward()
-    assert asked == 2 * 32 and peak == 2 * 4 and alive == 0
+    losses = step_losses(outs, [mask] * steps, torch.randn(4, 16, 8), head, 4, Objective(steps, 1.0, 0.5, 3))
+    sum(sums.feature + sums.logit for sums in losses).backward()
+    assert asked == (1 + steps) * 32 and peak == 4 and alive == 0
 
 
 def test_sampled_head_estimates_the_full_partition_function():

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from fspad_hf.cli import main
+from fspad_hf.training import regenerate as regeneration
 from fspad_hf.training.conversations import load_conversations, tokenize
 from fspad_hf.training.regenerate import regenerate
 
@@ -20,12 +21,13 @@ def chats():
     return [CHAT, CHAT[:2], [CHAT[2], CHAT[3], CHAT[0], CHAT[1], CHAT[2]], CHAT[2:]]
 
 
-def test_regenerated_answers_are_those_of_plain_generate(answering, tmp_path):
+@pytest.mark.parametrize("longest", [40, 5])
+def test_regenerated_answers_are_those_of_plain_generate(answering, tmp_path, longest):
     model, tokenizer = answering
-    files = regenerate(model, tokenizer, chats(), tmp_path, max_new_tokens=40, batch_rows=3, row_length=250)
+    files = regenerate(model, tokenizer, chats(), tmp_path, max_new_tokens=longest, batch_rows=3, row_length=250)
     made = [messages for file in files for messages in load_conversations(str(file))]
     assert len(made) == len(chats()) and len(files) == 2
-    answers = 0
+    answers = cut = 0
     for messages, asked in zip(made, chats(), strict=True):
         for number, message in enumerate(messages):
             assert message["role"] == asked[number]["role"]
@@ -36,15 +38,31 @@ def test_regenerated_answers_are_those_of_plain_generate(answering, tmp_path):
                 messages[:number], add_generation_prompt=True, return_tensors="pt", return_dict=True
             )["input_ids"]
             stop = tokenizer.eos_token_id
-            plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False,
-                                   pad_token_id=0, eos_token_id=stop)[0, prompt.shape[1] :]  # fmt: skip
+            plain = model.generate(
+                prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=longest, do_sample=False,
+                pad_token_id=0, eos_token_id=stop,
+            )[0, prompt.shape[1] :]  # fmt: skip
             assert message["content"] == tokenizer.decode(plain, skip_special_tokens=True)
-            assert len(plain) < 40 or number == len(messages) - 1  # an answer cut short is the last
+            finished = plain[-1] == stop
+            assert ("unfinished" not in message) == finished
+            assert finished or number == len(messages) - 1  # an answer cut short is the last
+            ids, mask = tokenize(tokenizer, messages[: number + 1])
+            assert mask[-1] != finished and (finished or ids[-1] != stop)
+            cut += not finished
             answers += 1
         assert messages[-1]["role"] == "assistant"
-    assert answers > len(made)
+    assert answers > len(made) and (cut > 0) == (longest == 5)
     tokenized = [tokenize(tokenizer, messages) for messages in made]
     assert all(any(mask) for _, mask in tokenized)
+
+
+def test_half_a_character_is_no_part_of_an_answer_cut_short(answering, monkeypatch):
+    answerer = regeneration._Answerer(*answering, 0.0, 8, 250)
+    said = [[("a b", True), ("ab\ufffd", False), ("\ufffd", False)], [("c", True)]]
+    monkeypatch.setattr(answerer, "_generate", lambda prompts: said.pop(0))
+    first, second, third = answerer.answer([CHAT, CHAT, CHAT])
+    assert [message["content"] for message in first] == ["hi", "a b", "why", "c"]
+    assert second == [CHAT[0], {"role": "assistant", "content": "ab", "unfinished": True}] and third == []
 
 
 def test_regeneration_resumes_and_refuses(answering, tmp_path):

@@ -41,7 +41,8 @@ def refused(capsys, arguments, code=2):
 
 
 def test_provenance(command, files, tmp_path, capsys):
-    assert main([*command, "--validate-every", "2", "--schedule", "linear", "--keep-features"]) == 0
+    beyond = ["--self-steps", "2", "--self-step-decay", "0.5", "--top-k-weight", "0.3", "--top-k", "5"]
+    assert main([*command, "--validate-every", "2", "--schedule", "linear", "--keep-features", *beyond]) == 0
     told = read_provenance(tmp_path / "draft" / "training.json")
     draft = FSPADDraftModel.from_pretrained(tmp_path / "draft")
     assert told["weights_sha256"] == draft.config.weights_sha256 and told["weights_of_step"] == told["best_step"]
@@ -50,6 +51,7 @@ def test_provenance(command, files, tmp_path, capsys):
     assert told["coupling_sharpness"] == draft.config.coupling_sharpness
     assert told["target"] == "target" and told["data"] == ["ids.npy"] and told["schedule"] == "linear"
     assert (told["rows"], told["held_out_rows"], told["tokens"], told["epochs"]) == (38, 2, 38 * 40, 0.32)
+    assert [told[option.strip("-").replace("-", "_")] for option in beyond[::2]] == [2, 0.5, 0.3, 5]
     assert told["validation_tau"] >= 1 and told["best_step"] in (2, 4, 6) and told["final_loss"] > 0
     assert told["seconds"] > 0 and told["torch"] == torch.__version__ and "tokens/s" not in told
     assert told["parameters"] == sum(p.numel() for p in draft.parameters())
@@ -143,6 +145,10 @@ def test_bad_options_are_one_line(command, files, tmp_path, capsys, tokenizer):
         "schedule: step": "schedule='step' is unknown: expected one of ['cosine', 'linear']",
         "clip_value: 0": "clip_value=0.0 would train nothing",
         "batch_rows: -1": "batch_rows=-1 is too small",
+        "self_steps: 0": "self_steps=0 is too small: expected 1 or more",
+        "self_step_decay: 2": "self_step_decay=2.0: expected more than 0, at most 1",
+        "top_k_weight: much": "top_k_weight='much': expected a number",
+        "{top_k_weight: 1, head_sample: 9}": "are only known over the whole vocabulary",
         "keep_features: maybe": "keep_features='maybe': expected true or false",
         "- 3": "holds a list",
         "a: [": "neither YAML nor JSON",
