@@ -6,8 +6,8 @@ import sys
 
 # modules of fspad_hf.commands, as --help lists them
 COMMANDS = (
-    "demo", "chat", "explain", "verify", "bench", "profile", "acceptance", "selfplay", "train", "calibrate", "convert",
-    "push", "export-custom-generate",
+    "demo", "chat", "explain", "verify", "bench", "profile", "acceptance", "selfplay", "train", "ablate", "calibrate",
+    "convert", "push", "export-custom-generate",
 )  # fmt: skip
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "datasets": "train", "matplotlib": "bench"}
 

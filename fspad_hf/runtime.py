@@ -4,12 +4,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
+PROGRESS_LINES = 20
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -78,6 +80,39 @@ def status(message: str) -> Iterator[None]:
 def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
     """Where files are kept that can be had again: `cache_dir`, `$FSPAD_HF_CACHE` or `~/.cache/fspad_hf`."""
     return Path(cache_dir or os.environ.get("FSPAD_HF_CACHE") or "~/.cache/fspad_hf").expanduser()
+
+
+@contextlib.contextmanager
+def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """
+    Gives a function to call whenever one of `total` is done: a bar on stderr, with the time left; `PROGRESS_LINES`
+    plain lines where stderr is no terminal.
+    """
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    console, done, began = Console(stderr=True), 0, time.perf_counter()
+    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
+    task = bar.add_task(what, total=total)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if console.is_terminal:
+            bar.advance(task)
+        elif done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
+            left = (total - done) * (time.perf_counter() - began) / done
+            console.out(f"{what} {done}/{total}, {duration(left)} left", highlight=False)
+
+    with bar if console.is_terminal else contextlib.nullcontext():
+        yield advance
+
+
+def duration(seconds: float) -> str:
+    """As a person would say it: 40 s, 3 min 05 s, 2 h 10 min."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
 
 
 def writable_file(path: str | os.PathLike, option: str = "json_file") -> Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
 import fspad_hf
@@ -34,6 +35,7 @@ DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TARGET, DRAFT = "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-FSPAD"
 SLOW = ("benchmarks", "training")
+CPU_ONLY = "ACCELERATE_USE_CPU=true"
 NOT_RUN = {
     ("docs/quickstart.md", "fspad-hf chat --temperature 0.7"),
     ("docs/training.md", "fspad-hf push my-draft --repo-id user/my-draft"),
@@ -50,6 +52,7 @@ SMALL = {  # what stands in the documents, or the default, would take minutes
     "profile": {"--max-new-tokens": "12", "--methods": "prompt-lookup", "--repeats": "1"},
     "acceptance": {"--max-new-tokens": "5", "--per-task": "1"},
     "train": {"--steps": "2", "--batch-rows": "4", "--micro-rows": "4"},
+    "ablate": {"--steps": "1", "--batch-rows": "2", "--per-task": "1", "--max-new-tokens": "3", "--seeds": "0"},
     "calibrate": {"--positions": "64"},
     "selfplay": {"--rows": "48", "--row-length": "48", "--batch-rows": "48"},
 }
@@ -149,7 +152,9 @@ class Runner:
     def _command(self, words: list[str], block: Block) -> None:
         known = {"fspad-hf": self._fspad, "pip": check_pip, "pytest": check_pytest, "mkdir": self._mkdir,
                  "cd": lambda arguments: self._enter(self.folder / arguments[0]),
-                 "python": check_venv, ".": lambda arguments: None}  # fmt: skip
+                 "python": check_venv, ".": lambda arguments: None, "accelerate": check_launch}  # fmt: skip
+        if words[0] == CPU_ONLY:
+            words = words[1:]
         assert words[0] in known, f"{block}: no test knows how to run {shlex.join(words)}"
         known[words[0]](words[1:])
 
@@ -208,6 +213,13 @@ def check_pip(arguments: list[str]) -> None:
 def check_pytest(arguments: list[str]) -> None:
     for argument in arguments:
         assert argument.startswith("-") or (ROOT / argument).exists()
+
+
+def check_launch(arguments: list[str]) -> None:
+    """Not run: two processes take a while, and tests/training/test_processes.py launches them so."""
+    launched = launch_command_parser().parse_args(arguments[1:])
+    assert (arguments[0], launched.module, launched.training_script) == ("launch", True, "fspad_hf")
+    assert launched.num_processes > 1 and cli._parser().parse_args(launched.training_script_args)
 
 
 def check_venv(arguments: list[str]) -> None:

@@ -1,4 +1,5 @@
 from argparse import SUPPRESS
+from collections.abc import Callable
 
 ABOUT = "train a draft for a target; an interrupted run goes on where it stood; runs under accelerate launch as it is"
 REQUIRED = {"target": "--target", "data": "--data", "output_dir": "--output"}
@@ -6,18 +7,26 @@ FLAGS = ("keep_features", "linear_start", "regenerate")
 
 
 def add_arguments(parser) -> None:
-    # No defaults here: an option that was not given may be in the --config file; defaults are the configs' own.
-    def add(group, *names, **kwargs):
-        group.add_argument(*names, default=SUPPRESS, **kwargs)
-
     add(parser, "--target", metavar="PATH_OR_HUB_ID", help="required")
     add(parser, "--output", dest="output_dir", metavar="DIR", help="required")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON of these options; the command line wins")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")
+    data, models, training, watching = add_shared_arguments(parser)
 
+    add(data, "--regenerate", action="store_true", help="replace the answers by the target's own")
+    add(data, "--regenerate-temperature", type=float, metavar="T", help="default: 0, greedy")
+    add(data, "--regenerate-tokens", type=int, metavar="N", help="tokens an answer (default: 512)")
+    add(data, "--regenerate-rows", type=int, metavar="N", help="answers at once (default: 16)")
+    add(models, "--start-from", metavar="DRAFT", help="begin with this draft's weights (default: the linear start)")
+    add(training, "--seed", type=int, metavar="N", help="default: 0")
+    add(watching, "--report-to", nargs="+", metavar="TRACKER", help="tensorboard, wandb, ... through accelerate")
+
+
+def add_shared_arguments(parser, required: bool = False) -> tuple:
+    """Those that [`take_configs`] reads and `ablate` has, too; their groups."""
     data = parser.add_argument_group("data")
     add(
-        data, "--data", nargs="+", metavar="DATA",
+        data, "--data", nargs="+", metavar="DATA", required=required,
         help="required: a folder that fspad-hf selfplay wrote, .npy files of token ids [rows, length]; or "
         "conversations: .jsonl, .json or .parquet files, or Hub data set ids",
     )  # fmt: skip
@@ -25,10 +34,6 @@ def add_arguments(parser) -> None:
     add(data, "--row-length", type=int, metavar="N", help="tokens a row of packed conversations (default: 1024)")
     add(data, "--rows", type=int, metavar="N", help="train on N rows (default: all not held out)")
     add(data, "--exclude", nargs="+", metavar="FILE", help="drop conversations with these prompts")
-    add(data, "--regenerate", action="store_true", help="replace the answers by the target's own")
-    add(data, "--regenerate-temperature", type=float, metavar="T", help="default: 0, greedy")
-    add(data, "--regenerate-tokens", type=int, metavar="N", help="tokens an answer (default: 512)")
-    add(data, "--regenerate-rows", type=int, metavar="N", help="answers at once (default: 16)")
 
     models = parser.add_argument_group("target and draft")
     add(models, "--target-name", metavar="HUB_ID", help="the target's name in the draft's config")
@@ -36,7 +41,6 @@ def add_arguments(parser) -> None:
     add(models, "--device-map", metavar="MAP", help="of the target: auto, ... (default: each process's device)")
     add(models, "--keep-features", action="store_true", help="hold the target's features in memory")
     add(models, "--draft-vocab-size", type=int, metavar="N", help="draft the N most frequent ids (default: all)")
-    add(models, "--start-from", metavar="DRAFT", help="begin with this draft's weights (default: the linear start)")
     add(models, "--no-linear-start", dest="linear_start", action="store_false", help="start at random weights")
 
     training = parser.add_argument_group("training")
@@ -54,7 +58,6 @@ def add_arguments(parser) -> None:
     add(training, "--top-k-weight", type=float, metavar="W", help="of the target's first tokens, added (default: 0)")
     add(training, "--top-k", type=int, metavar="N", help="how many tokens those are (default: 10)")
     add(training, "--mixed-precision", choices=("no", "bf16"), help="default: accelerate's, else no")
-    add(training, "--seed", type=int, metavar="N", help="default: 0")
 
     watching = parser.add_argument_group("checkpoints, validation and reports")
     add(watching, "--checkpoint-every", type=int, metavar="STEPS", help="default: 100")
@@ -64,26 +67,48 @@ def add_arguments(parser) -> None:
     add(watching, "--best-by", choices=("tau", "loss"), help="which validated weights are saved (default: tau)")
     add(watching, "--coupling-positions", type=int, metavar="N", help="fit coupled drafting (default: 2048; 0: no)")
     add(watching, "--log-every", type=int, metavar="STEPS", help="steps a line when piped (default: 10)")
-    add(watching, "--report-to", nargs="+", metavar="TRACKER", help="tensorboard, wandb, ... through accelerate")
+    return data, models, training, watching
+
+
+def add(group, *names, **kwargs) -> None:
+    """An option without a default: it may be in the --config file instead; defaults are the configs' own."""
+    group.add_argument(*names, default=SUPPRESS, **kwargs)
 
 
 def run(config: str | None = None, plan: bool = False, **options) -> int:
+    return told_once(lambda: _run(config, plan, options))
+
+
+def told_once(work: Callable[[], int]) -> int:
+    """`work`, of whose errors only the main process tells."""
     from accelerate import Accelerator
 
     try:
-        return _run(config, plan, options)
+        return work()
     except (ValueError, OSError, FloatingPointError) as error:
         if not Accelerator(mixed_precision="no").is_main_process:
-            return 2  # the main process tells
+            return 2
         if isinstance(error, FloatingPointError):
             raise ValueError(str(error)) from error
         raise
 
 
-def _run(file: str | None, plan: bool, options: dict) -> int:
+def take_configs(options: dict) -> dict:
+    """The arguments of `run_training` that the options mean: `config`, `data`, `dtype`, and the others as they are."""
     import os
 
     from ..runtime import resolve_dtype
+    from ..training.config import DataConfig, TrainingConfig
+
+    rest = {"mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), **options}
+    config, data = (
+        kind(**{n: rest.pop(n) for n in kind.__dataclass_fields__ if n in rest})
+        for kind in (TrainingConfig, DataConfig)
+    )
+    return {**rest, "config": config, "data": data, "dtype": resolve_dtype(rest.get("dtype"), "cpu")}
+
+
+def _run(file: str | None, plan: bool, options: dict) -> int:
     from ..training.config import DataConfig, TrainingConfig, read_config_file
     from ..training.run import run_training
 
@@ -101,8 +126,5 @@ def _run(file: str | None, plan: bool, options: dict) -> int:
     for name in FLAGS:
         if not isinstance(options.get(name, False), bool):
             raise ValueError(f"{name}={options[name]!r}: expected true or false.")
-    options.setdefault("mixed_precision", os.environ.get("ACCELERATE_MIXED_PRECISION", "no"))
-    training, data = (kind(**{n: options.pop(n) for n in kind.__dataclass_fields__ if n in options}) for kind in kinds)
-    dtype = resolve_dtype(options.pop("dtype", None), "cpu")
-    run_training(config=training, data=data, dtype=dtype, plan=plan, **options)
+    run_training(plan=plan, **take_configs(options))
     return 0

@@ -1,6 +1,6 @@
 """A bench's results as a table in the terminal, and as report.md with plots."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from rich import box
@@ -12,7 +12,9 @@ from .summary import acceptance_by_depth
 
 INK = "#6e7781"  # reads on white and on black
 COLOURS = ("#8b949e", "#bf8700", "#8250df", "#2da44e", "#0969da", "#cf222e", "#1b7c83")
-MODE_TITLES = {"greedy": "T = 0", "sampled": "T = 1"}
+MODE_TITLES = {
+    "greedy": "T = 0", "sampled": "T = 1", "coupled": "T = 1, coupled", "uncoupled": "T = 1, uncoupled",
+}  # fmt: skip
 DEPTHS_SHOWN = 10
 
 
@@ -81,7 +83,7 @@ def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
     for mode, methods in figures.items():
         lines += [f"## {MODE_TITLES[mode]}", ""]
         for what, title in (("speedup", "Speed-up"), ("tau", "tau")):
-            lines += _task_table(methods, what, title)
+            lines += task_table(methods, what, title)
         lines += [f"![{name}]({path})" for (at, name), path in plots.items() if at == mode] + [""]
         failures = [(name, why) for name, result in methods.items() for why in result["errors"].items()]
         lines += [f"- {name} failed on {count} prompts: {why}" for name, (why, count) in failures]
@@ -94,13 +96,15 @@ def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
     return lines
 
 
-def _task_table(methods: dict, what: str, title: str) -> list[str]:
+def task_table(methods: dict, what: str, title: str, show: Callable[[dict | None], str] | None = None) -> list[str]:
+    """A figure of each task, and their mean, as a Markdown table of a row a method; `show` writes a cell."""
+    show = show or _value
     tasks = list(dict.fromkeys(task for result in methods.values() for task in result["tasks"]))
     lines = [f"| {title} | " + " | ".join(tasks) + " | mean |", "|---|" + "---|" * (len(tasks) + 1)]
     for name, result in methods.items():
         if result["mean"]:
-            cells = [_value(result["tasks"].get(task, {}).get(what)) for task in tasks]
-            lines.append(f"| {name} | " + " | ".join(cells) + f" | **{_value(result['mean'][what])}** |")
+            cells = [show(result["tasks"].get(task, {}).get(what)) for task in tasks]
+            lines.append(f"| {name} | " + " | ".join(cells) + f" | **{show(result['mean'][what])}** |")
     return [*lines, ""]
 
 
@@ -161,7 +165,7 @@ def add_legend(axes, columns: int) -> None:
     )
 
 
-def _grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None, skip: Collection[str] = ()):
+def grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None, skip: Collection[str] = ()):
     """Bars of each task (and the mean) side by side, a colour a method, with intervals."""
     shown = {name: result for name, result in methods.items() if result["mean"] and name not in skip}
     if not shown:
@@ -238,8 +242,8 @@ def _time_split(methods: dict):
 
 
 _PLOTS = {
-    "speedup": lambda methods: _grouped_bars(methods, "speedup", "speed-up over plain", 1.0, skip=("plain",)),
-    "tau": lambda methods: _grouped_bars(methods, "tau", "tau", None, skip=methods.keys() - _speculative(methods)),
+    "speedup": lambda methods: grouped_bars(methods, "speedup", "speed-up over plain", 1.0, skip=("plain",)),
+    "tau": lambda methods: grouped_bars(methods, "tau", "tau", None, skip=methods.keys() - _speculative(methods)),
     "accepted-lengths": _histogram,
     "acceptance-by-depth": _by_depth,
     "time": _time_split,

@@ -6,6 +6,7 @@ tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -18,7 +19,7 @@ from ..generation.tree import TreeShape
 from ..generation.verification import walk
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel
-from ..runtime import quiet_transformers, writable_file, write_json
+from ..runtime import counted, quiet_transformers, writable_file, write_json
 
 
 class KnownNoise:
@@ -135,6 +136,69 @@ def known_continuations(
             yield number, torch.cat((prompts[number], prompts[number].new_tensor([tokens[:new]])), dim=-1)
 
 
+@dataclass(frozen=True)
+class KnownAnswer:
+    """
+    What the target says to one prompt.
+
+    Args:
+        prompt: its number.
+        tokens: of prompt and answer, the first `prompt_length` the prompt's.
+        seed: what it was sampled with; `None`: greedy.
+    """
+
+    prompt: int
+    task: str
+    tokens: list[int]
+    prompt_length: int
+    seed: int | None
+
+
+def known_answers(
+    target: PreTrainedModel, tokenizer, prompts: list[tuple[str, str]], max_new_tokens: int, seed: int | None = None
+) -> Iterator[KnownAnswer]:
+    """
+    [`known_continuations`] of (task, user message) pairs in the chat template, greedy or at T = 1.
+
+    Args:
+        seed: prompt number n is sampled with `seed + n`; `None`: greedy.
+    """
+    ids = [
+        encode_chat(tokenizer, [{"role": "user", "content": text}], target.device)["input_ids"] for _, text in prompts
+    ]
+    seeds = None if seed is None else [seed + number for number in range(len(prompts))]
+    for number, sequence in known_continuations(target, ids, max_new_tokens, seeds):
+        own = None if seeds is None else seeds[number]
+        yield KnownAnswer(number, prompts[number][0], sequence[0].tolist(), ids[number].shape[1], own)
+
+
+@torch.no_grad()
+def simulate_answer(
+    target: PreTrainedModel, draft: FSPADDraftModel, answer: KnownAnswer, max_new_tokens: int
+) -> list[dict]:
+    """
+    The rounds of a draft over one answer: greedy, or with coupled and with uncoupled drafting.
+
+    Returns:
+        A row a mode: prompt, task, mode, tokens (after the first), rounds, accepted_lengths.
+    """
+    sequence, length = torch.tensor([answer.tokens], device=target.device), answer.prompt_length
+    features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
+    reach, vocabulary = max_new_tokens + draft.config.tree_depth, target.config.get_text_config().vocab_size
+    rows, coupled = [], draft.config.coupled_drafting
+    try:
+        for mode in ("greedy",) if answer.seed is None else ("coupled", "uncoupled"):
+            draft.config.coupled_drafting = mode == "coupled"
+            noise = KnownNoise(answer.seed, reach, vocabulary, target.device) if mode == "coupled" else None
+            record = simulate(target, draft, sequence, length, length + max_new_tokens, noise, features=features)
+            row = {"prompt": answer.prompt, "task": answer.task, "mode": mode}
+            row |= {"tokens": len(answer.tokens) - length - 1, "rounds": record.rounds}
+            rows.append(row | {"accepted_lengths": record.accepted_lengths})
+    finally:
+        draft.config.coupled_drafting = coupled
+    return rows
+
+
 def measure_acceptance(
     target: PreTrainedModel,
     tokenizer,
@@ -142,7 +206,7 @@ def measure_acceptance(
     prompts: Iterable[tuple[str, str]],
     max_new_tokens: int = 128,
     seed: int = 0,
-    report: Callable[[dict], None] = lambda row: None,
+    report: Callable[[], None] = lambda: None,
 ) -> list[dict]:
     """
     tau of a draft on each prompt, greedy, and at T = 1 (top_k 0, top_p 1) with coupled and with uncoupled drafting.
@@ -150,33 +214,16 @@ def measure_acceptance(
     Args:
         prompts: (task, user message) pairs; the chat template is applied.
         seed: prompt number n is sampled with `seed + n`.
-        report: called with each row: prompt, task, mode, tokens (after the first), rounds, accepted_lengths.
+        report: called after each answer, of which every prompt has two.
+
+    Returns:
+        The rows of [`simulate_answer`].
     """
-    prompts = list(prompts)
-    ids = [
-        encode_chat(tokenizer, [{"role": "user", "content": text}], target.device)["input_ids"] for _, text in prompts
-    ]
-    seeds = [seed + number for number in range(len(prompts))]
-    rows, coupled = [], draft.config.coupled_drafting
-    vocabulary, reach = target.config.get_text_config().vocab_size, max_new_tokens + draft.config.tree_depth
-    try:
-        for sampled in (False, True):
-            for number, sequence in known_continuations(target, ids, max_new_tokens, seeds if sampled else None):
-                with torch.no_grad():
-                    features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
-                length = ids[number].shape[1]
-                for mode in ("coupled", "uncoupled") if sampled else ("greedy",):
-                    draft.config.coupled_drafting = mode == "coupled"
-                    noise = KnownNoise(seeds[number], reach, vocabulary, target.device) if mode == "coupled" else None
-                    record = simulate(
-                        target, draft, sequence, length, length + max_new_tokens, noise, features=features
-                    )
-                    row = {"prompt": number, "task": prompts[number][0], "mode": mode}
-                    row |= {"tokens": sequence.shape[1] - length - 1, "rounds": record.rounds}
-                    rows.append(row | {"accepted_lengths": record.accepted_lengths})
-                    report(rows[-1])
-    finally:
-        draft.config.coupled_drafting = coupled
+    prompts, rows = list(prompts), []
+    for its_seed in (None, seed):
+        for answer in known_answers(target, tokenizer, prompts, max_new_tokens, its_seed):
+            rows += simulate_answer(target, draft, answer, max_new_tokens)
+            report()
     return rows
 
 
@@ -196,27 +243,25 @@ def run_acceptance(
 ) -> list[dict]:  # fmt: skip
     """`fspad-hf acceptance`: tau on the first turns of Spec-Bench questions, printed as a table."""
     from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
     from rich.table import Table
 
+    from ..evaluation.report import MODE_TITLES
     from ..evaluation.spec_bench import read_questions
 
     json_file = writable_file(json_file) if json_file is not None else None
     asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
     models = load_models(target, draft, device, dtype, cpu_tree=False)
-    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True))
-    with quiet_transformers(), bar:
-        done = bar.add_task("simulated", total=3 * len(asked))
-        rows = measure_acceptance(
-            models.target, models.tokenizer, models.draft, asked, max_new_tokens, seed, lambda row: bar.advance(done)
-        )
+    with quiet_transformers(), counted("answers simulated", 2 * len(asked)) as advance:
+        rows = measure_acceptance(models.target, models.tokenizer, models.draft, asked, max_new_tokens, seed, advance)
     table = Table(title="tau (tokens after the first / verification forwards)")
-    tasks = list(mean_tau(rows, "greedy")[0])
+    tasks = list(dict.fromkeys(task for task, _ in asked))
     for name in ("", *tasks, "mean"):
         table.add_column(name, justify="right" if name else "left")
-    for mode, label in (("greedy", "T = 0"), ("coupled", "T = 1, coupled"), ("uncoupled", "T = 1, uncoupled")):
+    for mode in dict.fromkeys(row["mode"] for row in rows):
         taus, mean = mean_tau(rows, mode)
-        table.add_row(label, *(f"{taus[task]:.2f}" if task in taus else "-" for task in tasks), f"{mean:.2f}")
+        table.add_row(
+            MODE_TITLES[mode], *(f"{taus[task]:.2f}" if task in taus else "-" for task in tasks), f"{mean:.2f}"
+        )
     Console().print(table)
     if json_file is not None:
         write_json(json_file, rows)

@@ -72,8 +72,7 @@ def run_training(
     """
     from rich.console import Console
 
-    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))  # for the main process to regenerate
-    state = Accelerator(mixed_precision="no", kwargs_handlers=[waiting])
+    state = patient_accelerator()
     console = Console(quiet=not state.is_main_process)
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     check_trackers(config.report_to)
@@ -86,7 +85,7 @@ def run_training(
     with state.main_process_first():
         model, sources = None, data.data
         if data.regenerate and not plan:
-            model = _load_target(target, dtype, device_map, state.device)
+            model = load_target(target, dtype, device_map, state.device)
             sources = regenerated(model, tokenizer, data, config)
         found = load_training_rows(
             sources, tokenizer, data.row_length, data.split, () if model else data.exclude, planned.vocab_size
@@ -95,7 +94,7 @@ def run_training(
     if plan:
         print_plan(planned, target, data, config, chosen, held_out, console)
         return None
-    model = model or _load_target(target, dtype, device_map, state.device)
+    model = model or load_target(target, dtype, device_map, state.device)
     draft = _make_draft(model, draft_fields, config.seed, start_from)
     if draft_vocab_size is not None:
         trained = found[: len(found.ids) - found.held_out]
@@ -109,10 +108,10 @@ def run_training(
         embedding = FrozenTarget(model, state.device).embed
         warm_start(draft, embedding, _warm_start_batches(chosen, features, state.device))
     _describe(chosen, held_out, tokenizer, console)
-    about = {"target": target_name or _public(target), "data": [_public(source) for source in data.data]}
+    about = {"target": target_name or public_name(target), "data": [public_name(source) for source in data.data]}
     about |= {"linear_start": linear_start, "regenerated": data.regenerate}
     if start_from:
-        about["start_from"] = _public(start_from)
+        about["start_from"] = public_name(start_from)
     try:
         with TrainingDisplay(config, console) as display:
             return train(
@@ -125,12 +124,18 @@ def run_training(
         raise
 
 
-def _public(name: str) -> str:
+def patient_accelerator() -> Accelerator:
+    """One whose processes wait for the main one for as long as it regenerates, or measures."""
+    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(mixed_precision="no", kwargs_handlers=[waiting])
+
+
+def public_name(name: str) -> str:
     """The name of something for a model card: a Hub id as it is, of a path the last part."""
     return Path(name).resolve().name if Path(name).exists() else name
 
 
-def _load_target(target: str, dtype: torch.dtype, device_map, device: torch.device) -> PreTrainedModel:
+def load_target(target: str, dtype: torch.dtype, device_map, device: torch.device) -> PreTrainedModel:
     device_map = device_map or (None if device.type == "cpu" else {"": device})
     with quiet_transformers():
         return AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device_map).eval()

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
+from ..runtime import duration
 from .config import TrainingConfig
 
 SCALAR = (int, float, str, bool)
@@ -78,7 +79,7 @@ class TrainingDisplay:
         seconds, step, last = time.perf_counter() - self.since, record["step"], record["step"] == self.config.steps
         parts = [f"{name} {record[name]:.4f}" for name in ("loss", "feature", "logit", "top1")]
         left = (self.config.steps - step) * seconds / self.steps
-        parts += [f"{self.tokens / seconds:,.0f} tokens/s", f"{_duration(left)} left"]
+        parts += [f"{self.tokens / seconds:,.0f} tokens/s", f"{duration(left)} left"]
         if self.bar is not None:
             self.bar.update(self.task, completed=step, shown="  ".join(parts))
         elif step % self.config.log_every == 0 or last:
@@ -95,9 +96,3 @@ def _validation(record: dict) -> str:
     parts = [f"{label} {record[key]:.3f}" for name, label in shown.items() if (key := f"validation_{name}") in record]
     hits = [f"{record[key]:.2f}" for k in (1, 3, 10) if (key := f"validation_hit_{k}") in record]
     return "  ".join([*parts, *(["first level's best 1, 3, 10: " + " ".join(hits)] if hits else [])])
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

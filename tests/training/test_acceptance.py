@@ -1,6 +1,12 @@
+import json
+import re
+
 import pytest
 import torch
 
+from fspad_hf import runtime
+from fspad_hf.cli import main
+from fspad_hf.loading import encode_chat
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
 
 from ..conftest import fresh_draft
@@ -32,6 +38,37 @@ def test_measure(llama, tokenizer):
     taus, mean = mean_tau(rows, "greedy")
     assert set(taus) == {"qa", "rag"} and mean == pytest.approx(sum(taus.values()) / 2) and mean >= 1
     assert draft.config.coupled_drafting
+    for row in rows:  # what decoding would have recorded, the noise of that very prompt included
+        inputs = encode_chat(tokenizer, [{"role": "user", "content": ("why", "who")[row["prompt"]]}])
+        torch.manual_seed(row["prompt"])
+        draft.config.coupled_drafting = row["mode"] == "coupled"
+        out = llama.generate(
+            **inputs, assistant_model=draft, do_sample=row["mode"] != "greedy", top_k=0, max_new_tokens=20,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        assert row["accepted_lengths"] == out.speculation.accepted_lengths
+    drafted = {row["mode"]: row["accepted_lengths"] for row in rows if row["prompt"] == 1}
+    assert drafted["coupled"] != drafted["uncoupled"]
+
+
+def test_the_command_tells_how_far_it_is_when_piped(llama, tokenizer, tmp_path, capsys):
+    llama.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
+    fresh_draft(llama, tree_depth=2, tree_top_k=2, tree_total_nodes=4).save_pretrained(tmp_path, tokenizer=tokenizer)
+    asked = [{"category": c, "turns": [f"{c} {n}"]} for c in ("rag", "qa") for n in range(11)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    command = ["acceptance", "--target", tmp_path / "target", "--draft", tmp_path, "--device", "cpu"]
+    command += ["--questions", tmp_path / "questions.jsonl", "--per-task", "11", "--max-new-tokens", "4"]
+    assert main([*map(str, command), "--json", str(tmp_path / "rows.json")]) == 0
+    shown = capsys.readouterr()
+    lines = re.findall(r"^answers simulated (\d+)/44, \d+ s left$", shown.err, re.MULTILINE)
+    assert len(lines) == 20 and lines[-1] == "44" and [int(n) for n in lines] == sorted(map(int, lines))
+    assert re.search(r"\bqa\b.*\brag\b", shown.out) and "T = 1, uncoupled" in shown.out
+    assert len(json.loads((tmp_path / "rows.json").read_text())) == 66
+
+
+def test_durations():
+    said = [runtime.duration(seconds) for seconds in (0.4, 59, 65.2, 3599.6, 7800)]
+    assert said == ["0 s", "59 s", "1 min 05 s", "1 h 00 min", "2 h 10 min"]
 
 
 def test_batched_continuations_are_what_plain_generate_makes(llama):

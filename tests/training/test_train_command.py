@@ -187,7 +187,7 @@ def test_a_file_of_options_gives_way_to_the_command_line(files, tmp_path, capsys
 
 
 def test_the_plan_is_the_whole_run_and_writes_nothing(command, files, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_load_target", lambda *args: pytest.fail("read the target's weights"))
+    monkeypatch.setattr(run, "load_target", lambda *args: pytest.fail("read the target's weights"))
     assert main([*command, "--plan", "--rows", "20"]) == 0
     shown = capsys.readouterr().out
     assert [name for name in TrainingConfig.__dataclass_fields__ if f"\n{name:<22} " not in shown] == []
