@@ -289,3 +289,17 @@ def test_examples(saved, name, monkeypatch, capsys):
     main(["--target", saved["target"], "--draft", saved["draft"], "--max-new-tokens", "6"])
     printed = capsys.readouterr().out
     assert printed.count("tau") == {"generate": 1, "pipeline": 0, "streaming_chat": 2}[name] and printed.strip()
+
+
+@pytest.mark.slow
+def test_against_stock(saved, tmp_path, capfd):
+    file = tmp_path / "question.jsonl"
+    file.write_text("".join(json.dumps({"category": c, "turns": ["Hello you", "x"]}) + "\n" for c in ("qa", "rag")))
+    main = runpy.run_path(str(EXAMPLES / "against_stock.py"))["main"]
+    main(["--target", saved["target"], "--draft", saved["draft"], "--questions", str(file), "--max-new-tokens", "6"])
+    lines = capfd.readouterr().out.strip().splitlines()
+    assert (
+        len(lines) == 2
+        and lines[1].startswith("2/2 rag: so far stock ")
+        and lines[1].endswith("2 of 2 answers identical")
+    )
