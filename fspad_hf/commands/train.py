@@ -36,7 +36,7 @@ def add_arguments(parser) -> None:
     add(models, "--device-map", metavar="MAP", help="of the target: auto, ... (default: each process's device)")
     add(models, "--keep-features", action="store_true", help="hold the target's features in memory")
     add(models, "--draft-vocab-size", type=int, metavar="N", help="draft the N most frequent ids (default: all)")
-    add(models, "--start-from", metavar="DRAFT", help="begin with this draft's weights (default: the linear start)")
+    add(models, "--start-from", metavar="DRAFT", help="begin with its weights, shape and ids (default: linear start)")
     add(models, "--no-linear-start", dest="linear_start", action="store_false", help="start at random weights")
 
     training = parser.add_argument_group("training")
