@@ -126,6 +126,7 @@ class Runner:
         self.names = {
             "path/or/hub-id-of-its-draft": stock / "hub_cards" / DRAFT,
             "path/or/hub-id": stock / "cache" / TARGET,
+            "path/or/hub-id-of-the-fine-tune": stock / "cache" / TARGET,
             f"HuggingFaceTB/{TARGET}": stock / "cache" / TARGET,
         }
         # What the README's first block takes as given.
