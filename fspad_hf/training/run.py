@@ -11,6 +11,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_fspad import FSPADConfig
+from ..host import note_commit
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import quiet_transformers
 from .checkpoints import has_checkpoint
@@ -134,7 +135,7 @@ def _public(name: str) -> str:
 def _load_target(target: str, dtype: torch.dtype, device_map, device: torch.device) -> PreTrainedModel:
     device_map = device_map or (None if device.type == "cpu" else {"": device})
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device_map).eval()
+        return note_commit(AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device_map)).eval()
 
 
 def _choose(found: TrainingRows, rows: int | None, seed: int) -> tuple[TrainingRows, TrainingRows]:
