@@ -305,6 +305,14 @@ class TestFingerprint:
         assert asked == [("alice/target", "hf_alice"), (str(folder), "hf_alice")]
         assert (folder.parent / "copy" / "tokenizer.json").is_file()
 
+    def test_a_load_that_goes_past_the_check_is_told(self, folder, monkeypatch, recwarn):
+        FSPADDraftModel.from_pretrained(folder)
+        assert not recwarn.list
+        theirs = staticmethod(pretrained.PreTrainedModel._load_pretrained_model)
+        monkeypatch.setattr(pretrained.FSPADPreTrainedModel, "_load_pretrained_model", theirs)
+        with pytest.warns(UserWarning, match="were not compared with weights_sha256"):
+            FSPADDraftModel.from_pretrained(folder)
+
     def test_a_meant_change_is_saved_again(self, folder, tokenizer):
         draft = FSPADDraftModel.from_pretrained(folder)
         before = draft.config.weights_sha256
