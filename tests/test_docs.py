@@ -312,6 +312,12 @@ def test_support_lists_every_rule_of_the_hook():
     assert [reason for reason in reasons if reason not in text] == []
 
 
+def test_the_map_shows_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The map")[1].split("##")[0]
+    parts = [path.name for path in (ROOT / "fspad_hf").iterdir() if path.suffix == ".py" or path.is_dir()]
+    assert len(parts) > 15 and [name for name in parts if name not in text and not name.startswith("__")] == []
+
+
 def test_versions_are_those_of_the_project():
     wanted = {Requirement(text).name: text for text in PROJECT["dependencies"]}
     for document in ("README.md", "docs/support.md", "docs/quickstart.md"):
