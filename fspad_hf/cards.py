@@ -15,6 +15,7 @@ from .weights import weight_files
 
 TEMPLATE = "card.md.jinja"
 TAGS = ["fspad", "eagle", "speculative-decoding", "assisted-generation"]
+SPEC_BENCH = "spec-bench"  # as `fspad-hf bench` names its source
 MEASURES = ("tau", "speedup")
 SCALAR = (str, int, float, bool, type(None))
 
@@ -22,15 +23,17 @@ SCALAR = (str, int, float, bool, type(None))
 @dataclass(frozen=True)
 class Results:
     """
-    A draft's Spec-Bench results.
+    A draft's results on Spec-Bench, or on the user's own prompts.
 
     Args:
         tasks: task -> {"tau": ..., "speedup": ...} with one of them or both, in the order of the file.
         settings: what else the file says of the measurement, such as the machine.
+        source: the file of the user's own prompts; by default Spec-Bench.
     """
 
     tasks: dict[str, dict[str, float]]
     settings: dict[str, object] = field(default_factory=dict)
+    source: str | None = None
 
     @property
     def measured(self) -> list[str]:
@@ -46,13 +49,15 @@ def read_results(path: str | os.PathLike) -> Results:
 
     A task may have tau, speed-up or both (`null` is none); other keys of a task are passed over. Scalars of the
     summary besides `tasks` are told in the card. In place of one summary there may be one a method, of which
-    `"fspad"` is read: `{"summary": {"fspad": {"tasks": ...}, "plain": ...}}`.
+    `"fspad"` is read: `{"summary": {"fspad": {"tasks": ...}, "plain": ...}}`. Results are Spec-Bench's unless
+    `{"config": {"source": ...}}` says otherwise, as `fspad-hf bench --prompts` writes it.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no such JSON, or a value is no positive number.
     """
-    summary = _read_json_object(path).get("summary")
+    document = _read_json_object(path)
+    summary, config = document.get("summary"), document.get("config")
     outer = summary if isinstance(summary, dict) else {}
     inner = outer["fspad"] if isinstance(outer.get("fspad"), dict) else outer
     tasks = inner.get("tasks")
@@ -73,7 +78,12 @@ def read_results(path: str | os.PathLike) -> Results:
         if not found[task]:
             raise ValueError(f"results={str(path)!r}: task {task!r} has neither a tau nor a speedup: leave it out.")
     settings = {**outer, **inner}
-    return Results(found, {name: value for name, value in settings.items() if isinstance(value, SCALAR)})
+    source = config.get("source") if isinstance(config, dict) else None
+    return Results(
+        found,
+        {name: value for name, value in settings.items() if isinstance(value, SCALAR)},
+        None if source in (None, SPEC_BENCH) else str(source),
+    )
 
 
 def read_provenance(path: str | os.PathLike) -> dict[str, object]:
@@ -180,8 +190,8 @@ def _eval_results(results: Results) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             task_name="Text Generation",
-            dataset_type="hemingkx/Spec-Bench",
-            dataset_name=f"Spec-Bench ({task})",
+            dataset_type=results.source or "hemingkx/Spec-Bench",
+            dataset_name=f"{results.source or 'Spec-Bench'} ({task})",
             dataset_config=task,
             metric_type=measure,
             metric_name=shown[measure],
@@ -198,6 +208,7 @@ def _results_table(results: Results | None) -> dict[str, object]:
     formats = {"tau": "{:.2f}", "speedup": "{:.2f} x"}
     taus = [values["tau"] for values in results.tasks.values() if "tau" in values]
     return {
+        "results_on": _cell(results.source or "Spec-Bench"),
         "result_columns": ["task", *("speed-up" if name == "speedup" else name for name in results.measured)],
         "result_rows": [
             [_cell(task), *(formats[m].format(values[m]) if m in values else "" for m in results.measured)]

@@ -1,10 +1,24 @@
 """What differs between the versions of transformers that are supported."""
 
 import inspect
+from pathlib import Path
 
-from transformers import GenerationMixin
+from huggingface_hub import try_to_load_from_cache
+from transformers import GenerationMixin, PreTrainedModel
 
 # The name under which models take and return their cache: "cache" from 5.24 on.
 CACHE = "past_key_values"
 if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
     CACHE = "cache"
+
+
+def note_commit(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    The model, just loaded from the default branch, with `config._commit_hash`, which transformers dropped in 5.24: the
+    commit of its repository on the Hub, `None` of a folder.
+    """
+    if not hasattr(model.config, "_commit_hash"):
+        local = Path(model.name_or_path).exists()
+        found = None if local else try_to_load_from_cache(model.name_or_path, "config.json")
+        model.config._commit_hash = Path(found).parent.name if isinstance(found, str) else None
+    return model

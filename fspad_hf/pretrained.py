@@ -6,6 +6,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -59,13 +60,22 @@ class FSPADPreTrainedModel(PreTrainedModel):
                 "which its config.json asks for: the file is incomplete or belongs to another configuration; save the "
                 "draft again, or convert the checkpoint it came from."
             )
+        if not draft.__dict__.pop("_weights_checked", False) and draft.config.weights_sha256 is not None:
+            warnings.warn(
+                f"transformers {transformers.__version__} loads weights in a way that is not known here, so those "
+                f"of {str(pretrained_model_name_or_path)!r} were not compared with weights_sha256 in its config.json: "
+                "install a newer fspad_hf, or compare with sha256sum.",
+                stacklevel=2,
+            )
         return (draft, info) if with_info else draft
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
         # Only here are the very files known that will be read: revision, subfolder, cache and shards are resolved,
-        # and Auto classes and pipelines come this way too.
+        # and Auto classes and pipelines come this way too. It is private to transformers, so `from_pretrained` makes
+        # sure that it was called.
         check_weights(checkpoint_files, model.config.weights_sha256)
+        model._weights_checked = True
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @classmethod

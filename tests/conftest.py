@@ -26,6 +26,17 @@ def tokenizer():
     return tiny.tokenizer()
 
 
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory, tokenizer):
+    """A target whose answers have a known length, and a draft for it: their folders, as the commands' options."""
+    folder, model = tmp_path_factory.mktemp("pair"), tiny.build("llama")
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder / "target")
+    tokenizer.save_pretrained(folder / "target")
+    fresh_draft(model, tree_total_nodes=6, tree_top_k=3).save_pretrained(folder / "draft", tokenizer=tokenizer)
+    return {"target": str(folder / "target"), "draft": str(folder / "draft"), "device": "cpu"}
+
+
 @pytest.fixture
 def prompt():
     return torch.tensor([[1, 17, 5, 40, 9, 33, 21, 8, 50, 12, 3]])

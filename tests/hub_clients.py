@@ -83,6 +83,7 @@ def consume(step, folder: Path) -> None:
 
     import fspad_hf
     from fspad_hf import FSPADDraftModel
+    from fspad_hf.host import note_commit
 
     def load(name, **kwargs):
         draft = FSPADDraftModel.from_pretrained(name, **kwargs)
@@ -107,6 +108,12 @@ def consume(step, folder: Path) -> None:
         target, tokenizer, draft = FSPADDraftModel.load_pair("alice/draft", dtype=torch.float64)
         assert (target.dtype, draft.dtype) == (torch.float64, torch.float64) and not target.training
         return target.name_or_path, tokenizer.decode([20, 21]), generates(target, draft)
+
+    @step
+    def commits():
+        places = ("alice/target", str(folder / "saved"))
+        AutoModelForCausalLM.from_pretrained("alice/target").save_pretrained(places[1])
+        return [note_commit(AutoModelForCausalLM.from_pretrained(place)).config._commit_hash for place in places]
 
     @step
     def pipelines():

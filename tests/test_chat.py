@@ -13,20 +13,9 @@ from fspad_hf.chat import run_chat
 from fspad_hf.loading import encode_chat
 
 from . import tiny
-from .conftest import fresh_draft
 
 RECORD = re.compile(r"\[tau (\d\.\d\d), \d+\.\d tok/s, (\d+) tokens\]")
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory, tokenizer):
-    folder, model = tmp_path_factory.mktemp("pair"), tiny.build("llama")
-    model.generation_config.eos_token_id = None  # answers of known length
-    for name, part in (("target", model), ("draft", fresh_draft(model, tree_total_nodes=6, tree_top_k=3))):
-        part.save_pretrained(folder / name, **({"tokenizer": tokenizer} if name == "draft" else {}))
-        tokenizer.save_pretrained(folder / name)
-    return {"target": str(folder / "target"), "draft": str(folder / "draft")}
 
 
 @pytest.fixture
@@ -40,7 +29,7 @@ def say(monkeypatch, pair):
         console = Console(
             file=io.StringIO(), width=200, force_terminal=terminal, color_system="standard" if terminal else None
         )
-        run_chat(**{**pair, "device": "cpu", "max_new_tokens": 12, "console": console, **options})
+        run_chat(**{**pair, "max_new_tokens": 12, "console": console, **options})
         return console.file.getvalue()
 
     return run

@@ -129,6 +129,7 @@ class Runner:
         self.names = {
             "path/or/hub-id-of-its-draft": stock / "hub_cards" / DRAFT,
             "path/or/hub-id": stock / "cache" / TARGET,
+            "path/or/hub-id-of-the-fine-tune": stock / "cache" / TARGET,
             f"HuggingFaceTB/{TARGET}": stock / "cache" / TARGET,
         }
         # What the README's first block takes as given.
@@ -321,6 +322,12 @@ def test_support_lists_every_rule_of_the_hook():
         reasons.append(max(parts, key=len).split("(")[0].split(",")[-1].strip())
     assert len(reasons) > 10
     assert [reason for reason in reasons if reason not in text] == []
+
+
+def test_the_map_shows_every_module():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The map")[1].split("##")[0]
+    parts = [path.name for path in (ROOT / "fspad_hf").iterdir() if path.suffix == ".py" or path.is_dir()]
+    assert len(parts) > 15 and [name for name in parts if name not in text and not name.startswith("__")] == []
 
 
 def test_versions_are_those_of_the_project():

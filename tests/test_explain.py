@@ -23,16 +23,6 @@ PROMPT = "Why is the sky blue?"
 NASTY = {0: "<&\"'>]]>", 1: " \n\t", 2: "\x00\x1b\x7f", 3: "\u202eabc\u200d", 4: "\ud800", 5: "天空", 6: "", 7: "�"}
 
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory, tokenizer):
-    folder, model = tmp_path_factory.mktemp("pair"), tiny.build("llama")
-    model.generation_config.eos_token_id = None  # answers of known length
-    for name, part in (("target", model), ("draft", fresh_draft(model, tree_total_nodes=6, tree_top_k=3))):
-        part.save_pretrained(folder / name, **({"tokenizer": tokenizer} if name == "draft" else {}))
-        tokenizer.save_pretrained(folder / name)
-    return {"target": str(folder / "target"), "draft": str(folder / "draft"), "device": "cpu"}
-
-
 @pytest.fixture
 def endless(llama):
     """A target whose answers have a known length."""

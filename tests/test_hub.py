@@ -175,12 +175,13 @@ class TestPush:
 
 
 class TestLoad:
-    def test_pair_auto_class_pipeline_and_quick_start(self, published, consumed):
+    def test_pair_auto_class_pipeline_and_quick_start(self, hub, published, consumed):
         whole = consumed["after_a_killed_download"]
         assert (whole["sha256"], whole["depth"]) == (published["first"]["sha256"], 6)
         assert consumed["auto"] == whole["sum"]
         assert consumed["pair"] == ["alice/target", "rs", True]
         assert consumed["pipelines"] is True
+        assert consumed["commits"] == [hub.repos["alice/target"].refs["main"], None]
         assert "SpeculationRecord(accepted_lengths=[" in consumed["quick_start"]
 
     def test_revision_subfolder_and_cache_dir(self, published, consumed):

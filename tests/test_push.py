@@ -99,6 +99,14 @@ class TestCard:
         assert results.tasks == {"qa": {"tau": 2.0}, "math": {"tau": 4, "speedup": 1.5}}
         assert results.settings == {"machine": "a CPU", "dtype": "float32"}
 
+    @pytest.mark.parametrize(("source", "shown"), [("spec-bench", "Spec-Bench"), ("mine.jsonl", "mine.jsonl")])
+    def test_results_on_own_prompts_are_not_called_spec_bench(self, saved, tmp_path, source, shown):
+        results = cards.read_results(results_file(tmp_path, {"config": {"source": source}, "summary": SUMMARY}))
+        card = self.card(saved, results=results)
+        assert f"## Results on {shown}\n" in str(card)
+        assert card.data.eval_results[0].dataset_name == f"{shown} (qa)"
+        assert (card.data.eval_results[0].dataset_type == "hemingkx/Spec-Bench") == (shown == "Spec-Bench")
+
     @pytest.mark.parametrize(
         ("value", "words"),
         [
@@ -296,6 +304,14 @@ class TestFingerprint:
         draft.save_pretrained(folder.parent / "copy", token="hf_alice")
         assert asked == [("alice/target", "hf_alice"), (str(folder), "hf_alice")]
         assert (folder.parent / "copy" / "tokenizer.json").is_file()
+
+    def test_a_load_that_goes_past_the_check_is_told(self, folder, monkeypatch, recwarn):
+        FSPADDraftModel.from_pretrained(folder)
+        assert not recwarn.list
+        theirs = staticmethod(pretrained.PreTrainedModel._load_pretrained_model)
+        monkeypatch.setattr(pretrained.FSPADPreTrainedModel, "_load_pretrained_model", theirs)
+        with pytest.warns(UserWarning, match="were not compared with weights_sha256"):
+            FSPADDraftModel.from_pretrained(folder)
 
     def test_a_meant_change_is_saved_again(self, folder, tokenizer):
         draft = FSPADDraftModel.from_pretrained(folder)

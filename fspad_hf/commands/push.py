@@ -12,7 +12,7 @@ def add_arguments(parser) -> None:
     repo.add_argument("--commit-message", metavar="TEXT")
     card = parser.add_argument_group("model card (one that is there already, here or on the Hub, is kept)")
     card.add_argument("--overwrite-card", action="store_true", help="make a new one all the same")
-    card.add_argument("--results", metavar="FILE", help="JSON with tau and speed-up per Spec-Bench task")
+    card.add_argument("--results", metavar="FILE", help="results.json of fspad-hf bench: tau and speed-up")
     card.add_argument("--license", metavar="ID", help="such as apache-2.0")
     card.add_argument("--dataset", dest="datasets", action="append", metavar="HUB_ID", help="may be repeated")
     card.add_argument("--tag", dest="tags", action="append", metavar="TAG", help="may be repeated")

@@ -17,7 +17,7 @@ def add_arguments(parser) -> None:
     add(data, "--regenerate-temperature", type=float, metavar="T", help="default: 0, greedy")
     add(data, "--regenerate-tokens", type=int, metavar="N", help="tokens an answer (default: 512)")
     add(data, "--regenerate-rows", type=int, metavar="N", help="answers at once (default: 16)")
-    add(models, "--start-from", metavar="DRAFT", help="begin with this draft's weights (default: the linear start)")
+    add(models, "--start-from", metavar="DRAFT", help="begin with its weights, shape and ids (default: linear start)")
     add(training, "--seed", type=int, metavar="N", help="default: 0")
     add(watching, "--report-to", nargs="+", metavar="TRACKER", help="tensorboard, wandb, ... through accelerate")
 

@@ -89,7 +89,9 @@ class StoredWeights:
             try:
                 found = torch.load(path, map_location="cpu", weights_only=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                # torch's first line tells how to run the code that may be in there
+                told = [line for line in str(error).splitlines() if line.strip() and "weights_only" not in line]
+                reason = told[0].strip() if told else type(error).__name__
                 raise OSError(
                     f"{str(path)!r} cannot be read as plain tensors ({reason}): it is damaged, or holds Python "
                     "objects, which are never loaded here; save the checkpoint's state dict as safetensors."

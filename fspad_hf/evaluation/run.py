@@ -64,6 +64,8 @@ def run_bench(
     Raises:
         ValueError, OSError: an argument is wrong, or a model or a file cannot be had.
     """
+    import matplotlib  # noqa: F401 -- told before the work that it is missing
+
     _check(modes, max_new_tokens, turns)
     named = dict(_named(draft, i) for i, draft in enumerate(drafts or [""]))
     asked = read_prompts(prompts) if prompts else read_questions(questions or published_questions(), per_task, tasks)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ..configuration_fspad import FSPADConfig
 from ..modeling_fspad import FSPADDraftModel, config_for_target
 from .config import DataConfig, TrainingConfig
 from .data import TrainingRows
@@ -20,39 +19,41 @@ class Plan:
         hidden_size: of the features.
         parameters: of the draft.
         keep_features: whether features are to be held in memory.
+        start_from: the draft whose weights are the first ones.
     """
 
     vocab_size: int
     hidden_size: int
     parameters: int
     keep_features: bool
+    start_from: str | None
 
 
-def make_plan(
-    target: str, config: TrainingConfig, draft_fields: dict, keep_features: bool, start: FSPADConfig | None = None
-) -> Plan:
+def make_plan(target: str, draft_fields: dict, keep_features: bool, start: FSPADDraftModel | None = None) -> Plan:
     """
     Builds target and draft without memory for their weights.
 
     Args:
-        start: the configuration of the draft to start from.
+        start: the draft to start from.
 
     Raises:
-        ValueError: a draft of these fields does not fit the target.
+        ValueError: a draft of these fields does not fit the target, or `start` is for other ones.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target))
         if start is not None:
             fresh = config_for_target(model)
             for name in ("hidden_size", "vocab_size"):
-                if getattr(start, name) != getattr(fresh, name):
+                if getattr(start.config, name) != getattr(fresh, name):
                     raise ValueError(
-                        f"start_from has {name}={getattr(start, name)}, a draft for {target} has "
-                        f"{getattr(fresh, name)}: expected a draft of the model that it was fine-tuned from."
+                        f"start_from={start.name_or_path!r} has {name}={getattr(start.config, name)}, a draft for "
+                        f"{target!r} has {getattr(fresh, name)}: expected a draft of this target, or of the model "
+                        "that it was fine-tuned from."
                     )
         draft = FSPADDraftModel.from_target(model, **draft_fields)
     parameters = sum(parameter.numel() for parameter in draft.parameters())
-    return Plan(draft.config.vocab_size, draft.config.hidden_size, parameters, keep_features)
+    began = None if start is None else start.name_or_path
+    return Plan(draft.config.vocab_size, draft.config.hidden_size, parameters, keep_features, began)
 
 
 def print_plan(
@@ -70,6 +71,7 @@ def print_plan(
         "tokens": f"{tokens:,}, {int(rows.mask[:, 1:].sum()):,} of them in the loss",
         "epochs": f"{config.steps * config.batch_rows / len(rows.ids):.2f}",
         "draft": f"{plan.parameters:,} parameters, {plan.parameters * 16 / 2**30:.2f} GiB with gradients and moments",
+        "start_from": plan.start_from,
         "features": f"{kept:.2f} GiB if kept, which they are{'' if plan.keep_features else ' not'}",
         "output": config.output_dir,
     }

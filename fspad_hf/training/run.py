@@ -11,8 +11,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..configuration_fspad import FSPADConfig
+from ..host import note_commit
 from ..modeling_fspad import FSPADDraftModel
-from ..pretrained import draft_config
 from ..runtime import quiet_transformers
 from .checkpoints import has_checkpoint
 from .config import DataConfig, TrainingConfig
@@ -21,13 +21,13 @@ from .frozen import FrozenTarget, TargetFeatures
 from .interrupt import TrainingInterrupted
 from .plan import make_plan, print_plan
 from .tracking import TrainingDisplay, check_trackers
-from .trainer import CHECKPOINTS, train
+from .trainer import CHECKPOINTS, START, train
 from .warm_start import warm_start
 
 WARM_START_ROWS = 128
-TARGETS_FIELDS = (  # what a draft's configuration says of its target
-    "model_type", "vocab_size", "max_position_embeddings", "target_name_or_path", "target_model_type",
-    "pad_token_id", "bos_token_id", "eos_token_id", "weights_sha256",
+NOT_TAKEN_OVER = (  # of the configuration of the draft to start from: what is its target's, and its weights'
+    "vocab_size", "max_position_embeddings", "target_name_or_path", "target_model_type", "pad_token_id",
+    "bos_token_id", "eos_token_id", "weights_sha256",
 )  # fmt: skip
 
 
@@ -77,11 +77,13 @@ def run_training(
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     check_trackers(config.report_to)
     draft_fields = {**(draft_overrides or {}), "draft_vocab_size": draft_vocab_size}
-    start = draft_config(start_from) if start_from else None
-    if start is not None:
-        draft_fields = started_fields(start, draft_fields)
+    start = None
+    if start_from:
+        with quiet_transformers():
+            start = FSPADDraftModel.from_pretrained(start_from, dtype=torch.float32)
+        draft_fields = _started_fields(start.config, draft_fields)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    planned = make_plan(target, config, draft_fields, keep_features, start)
+    planned = make_plan(target, draft_fields, keep_features, start)
     with state.main_process_first():
         model, sources = None, data.data
         if data.regenerate and not plan:
@@ -95,7 +97,7 @@ def run_training(
         print_plan(planned, target, data, config, chosen, held_out, console)
         return None
     model = model or load_target(target, dtype, device_map, state.device)
-    draft = _make_draft(model, draft_fields, config.seed, start_from)
+    draft = _make_draft(model, draft_fields, config.seed, start)
     if draft_vocab_size is not None:
         trained = found[: len(found.ids) - found.held_out]
         draft.draft_vocab_ids = frequent_ids(trained.tokens.numpy(), draft_vocab_size)
@@ -103,15 +105,15 @@ def run_training(
         draft.config.target_name_or_path = target_name
     draft.to(state.device)
     features = TargetFeatures(model, keep=keep_features)
-    linear_start = linear_start and not start_from
+    linear_start = linear_start and start is None
     if linear_start and state.is_main_process and not has_checkpoint(Path(config.output_dir) / CHECKPOINTS):
         embedding = FrozenTarget(model, state.device).embed
         warm_start(draft, embedding, _warm_start_batches(chosen, features, state.device))
     _describe(chosen, held_out, tokenizer, console)
     about = {"target": target_name or public_name(target), "data": [public_name(source) for source in data.data]}
     about |= {"linear_start": linear_start, "regenerated": data.regenerate}
-    if start_from:
-        about["start_from"] = public_name(start_from)
+    if start is not None:
+        about |= {"start_from": public_name(start_from), START: start.config.weights_sha256}
     try:
         with TrainingDisplay(config, console) as display:
             return train(
@@ -138,7 +140,7 @@ def public_name(name: str) -> str:
 def load_target(target: str, dtype: torch.dtype, device_map, device: torch.device) -> PreTrainedModel:
     device_map = device_map or (None if device.type == "cpu" else {"": device})
     with quiet_transformers():
-        return AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device_map).eval()
+        return note_commit(AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device_map)).eval()
 
 
 def _choose(found: TrainingRows, rows: int | None, seed: int) -> tuple[TrainingRows, TrainingRows]:
@@ -150,28 +152,28 @@ def _choose(found: TrainingRows, rows: int | None, seed: int) -> tuple[TrainingR
     return found[order], found[available:]
 
 
-def _make_draft(model: PreTrainedModel, fields: dict, seed: int, start_from: str | None) -> FSPADDraftModel:
+def _make_draft(model: PreTrainedModel, fields: dict, seed: int, start: FSPADDraftModel | None) -> FSPADDraftModel:
     torch.manual_seed(seed)
     draft = FSPADDraftModel.from_target(model, **fields).float()
-    if start_from:
-        started = FSPADDraftModel.from_pretrained(start_from, dtype=torch.float32)
-        draft.load_state_dict({n: x for n, x in started.state_dict().items() if n != "draft_vocab_ids"}, strict=False)
-        if started.config.draft_vocab_size == draft.config.draft_vocab_size:
-            draft.draft_vocab_ids = started.draft_vocab_ids
+    if start is not None:
+        weights = start.state_dict()
+        if draft.config.draft_vocab_size != start.config.draft_vocab_size:
+            weights["draft_vocab_ids"] = draft.draft_vocab_ids
+        draft.load_state_dict(weights)
     return draft
 
 
-def started_fields(start: FSPADConfig, fields: dict) -> dict:
+def _started_fields(start: FSPADConfig, fields: dict) -> dict:
     """
     The fields of a draft that begins with another's weights: that one's, but for what its target decides.
 
     Raises:
         ValueError: `fields` would change more than the drafted vocabulary.
     """
-    if changed := sorted(name for name, value in fields.items() if name != "draft_vocab_size" and value is not None):
+    given = {name: value for name, value in fields.items() if value is not None}
+    if changed := sorted(given.keys() - {"draft_vocab_size"}):
         raise ValueError(f"{changed} cannot be chosen with start_from: the draft keeps the shape it has there.")
-    kept = {name: getattr(start, name) for name in FSPADConfig.__annotations__ if name not in TARGETS_FIELDS}
-    return kept | {name: value for name, value in fields.items() if value is not None}
+    return {name: getattr(start, name) for name in FSPADConfig.__annotations__ if name not in NOT_TAKEN_OVER} | given
 
 
 def _describe(rows: TrainingRows, held_out: TrainingRows, tokenizer: PreTrainedTokenizerBase, console):

@@ -16,6 +16,7 @@ from hashlib import sha256
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..host import note_commit
 from ..runtime import quiet_transformers, resolve_device, resolve_dtype
 from .decode_loop import SelfplayDecoder, TurnTables
 from .exclusion import is_excluded, load_excluded, normalised
@@ -159,7 +160,7 @@ def run_selfplay(
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(target)
         derive_glue(tokenizer)
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=precision).to(place).eval()
+        model = note_commit(AutoModelForCausalLM.from_pretrained(target, dtype=precision)).to(place).eval()
         with _progress(config) as report:
             manifest = selfplay(model, tokenizer, output, config, report)
     totals = manifest["totals"]

@@ -29,6 +29,7 @@ from .tracking import check_trackers, trackers
 from .validation import documents, validate
 
 CHECKPOINTS = "checkpoint"  # in the output folder
+START = "start_sha256"
 COUPLING_ROWS = 48
 SUMS = ("feature", "logit", "top1")
 
@@ -63,7 +64,8 @@ def train(
             validated best are the ones saved; without them, the last.
         report: called with a record (step, loss, feature, logit, top1, tokens, learning_rate) after each step; where a
             validation took place its numbers are in it, too, as validation_loss and so on.
-        about: what else training.json should say, or say otherwise: scalars and lists of them.
+        about: what else training.json should say, or say otherwise: scalars and lists of them. A run of another
+            `start_sha256`, the weights that the draft begins with, is another run.
 
     Raises:
         ValueError: nothing to train on, masks that keep nothing, settings that do not fit, a checkpoint of another
@@ -90,6 +92,7 @@ def train(
     run = _Run(accelerator, config, objective, draft, target, frozen, features, data, held_out)
 
     settings = run_settings(draft, target, data, held_out, config)
+    settings |= {name: value for name, value in (about or {}).items() if name == START}
     _check_agreement(settings, accelerator)
     draft.to(accelerator.device).train()
     optimizer = torch.optim.AdamW(draft.parameters(), betas=config.betas, weight_decay=config.weight_decay, fused=True)

@@ -1,6 +1,7 @@
 import functools
 import json
 import re
+import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -199,3 +200,10 @@ def test_own_prompts_without_a_template(run, models, tmp_path, llama, tokenizer,
 def test_bad_options_are_refused_before_work(run, tmp_path, capsys, options, said):
     run(*options, code=2)
     assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_missing_package_is_told_before_the_work(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    folder = run(code=2)
+    said = capsys.readouterr().err.strip()
+    assert "pip install 'fspad_hf[bench]'" in said and "\n" not in said and not folder.exists()

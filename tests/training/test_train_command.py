@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 
-from fspad_hf import FSPADDraftModel
+from fspad_hf import FSPADConfig, FSPADDraftModel
 from fspad_hf.cards import read_provenance
 from fspad_hf.cli import main
 from fspad_hf.training import checkpoints, run, tracking, trainer
@@ -193,6 +193,110 @@ def test_the_plan_is_the_whole_run_and_writes_nothing(command, files, tmp_path, 
     assert [name for name in TrainingConfig.__dataclass_fields__ if f"\n{name:<22} " not in shown] == []
     assert "20 of 40 tokens, 2 more held out" in shown and "tokens                 800, " in shown
     assert "epochs                 0.60" in shown and "parameters, " in shown and not (tmp_path / "draft").exists()
+
+
+STILL = ["--steps", "1", "--learning-rate", "1e-30", "--coupling-positions", "0"]  # leaves the weights as they are
+
+
+@pytest.fixture
+def begun(llama, tokenizer, tmp_path):
+    """A draft unlike the fresh ones: of another shape and vocabulary, and made for another target of this width."""
+    torch.manual_seed(77)
+    draft = FSPADDraftModel.from_target(
+        llama, intermediate_size=24, partial_alignment=False, draft_vocab_size=30, tree_depth=3, tree_top_k=4,
+        tree_total_nodes=9, coupling_kappa=0.6, eos_token_id=5, target_name_or_path="org/base",
+    )  # fmt: skip
+    draft.draft_vocab_ids = torch.arange(1, 60, 2)
+    draft.save_pretrained(tmp_path / "begun", tokenizer=tokenizer)
+    return tmp_path / "begun"
+
+
+def test_start_from_begins_with_the_drafts_weights_and_shape(command, files, begun, tmp_path, capsys):
+    assert main([*command, *STILL, "--start-from", str(begun)]) == 0
+    started, made = (FSPADDraftModel.from_pretrained(path) for path in (begun, tmp_path / "draft"))
+    for name, value in started.state_dict().items():
+        torch.testing.assert_close(made.state_dict()[name], value, rtol=0, atol=1e-20, msg=name)
+    fields = FSPADConfig.__annotations__.keys() - {"weights_sha256"}
+    different = {name for name in fields if getattr(started.config, name) != getattr(made.config, name)}
+    assert different == {"target_name_or_path", "eos_token_id"}
+    assert made.config.target_name_or_path == files[1] and made.config.eos_token_id != 5  # its target's own
+    told = read_provenance(tmp_path / "draft" / "training.json")
+    assert (told["start_from"], told["start_sha256"]) == ("begun", started.config.weights_sha256)
+    assert told["linear_start"] is False
+    assert main([*command, *STILL, "--output", str(tmp_path / "fresh")]) == 0
+    assert not {"start_from", "start_sha256"} & read_provenance(tmp_path / "fresh" / "training.json").keys()
+
+
+@pytest.mark.parametrize("count", [30, 20])
+def test_start_from_drafts_the_ids_that_this_data_has_if_told(command, files, begun, tmp_path, count):
+    options = {"start-from": str(begun), "draft-vocab-size": count}
+    (tmp_path / "file.json").write_text(json.dumps(options))
+    assert main([*command, *STILL, "--config", str(tmp_path / "file.json")]) == 0
+    started, made = (FSPADDraftModel.from_pretrained(path) for path in (begun, tmp_path / "draft"))
+    counts = np.bincount(np.load(files[3])[:-2].ravel(), minlength=64)
+    chosen = np.sort(np.argsort(-counts, kind="stable")[:count])
+    assert made.draft_vocab_ids.tolist() == chosen.tolist() != started.draft_vocab_ids.tolist()
+    assert made.config.draft_vocab_size == count
+    weights = started.feature_sampler.fc.weight
+    torch.testing.assert_close(made.feature_sampler.fc.weight, weights, rtol=0, atol=1e-20)
+
+
+def test_a_run_of_another_start_is_another_run(command, begun, tmp_path, tokenizer, monkeypatch, capsys):
+    started = [*command, "--coupling-positions", "0", "--log-every", "1", "--start-from", str(begun)]
+    saved, show = [], run.TrainingDisplay.__call__
+
+    def interrupted(self, record):
+        show(self, record)
+        if record["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(run.TrainingDisplay, "__call__", interrupted)
+    assert main(started) == 130
+    monkeypatch.setattr(run.TrainingDisplay, "__call__", show)
+    other = FSPADDraftModel.from_pretrained(begun)
+    other.feature_sampler.fc.weight.data += 1
+    other.save_pretrained(tmp_path / "other", tokenizer=tokenizer)
+    said = refused(capsys, [*started[:-1], str(tmp_path / "other")])
+    assert "is of other settings (start_sha256 " in said and said.count("->") == 1
+    assert main(started) == 0
+    rest = shown_steps(capsys.readouterr().out)
+    assert [line[0] for line in rest] == ["5", "6"]
+    for folder in ("draft", "whole"):
+        assert main([*started, "--output", str(tmp_path / folder)]) == 0
+        saved.append(FSPADDraftModel.from_pretrained(tmp_path / folder).state_dict())
+    assert shown_steps(capsys.readouterr().out)[-2:] == rest
+    assert all(torch.equal(saved[0][name], saved[1][name]) for name in saved[0])
+
+
+def test_a_start_that_does_not_fit_is_refused_before_work(command, begun, tmp_path, tokenizer, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load_training_rows", lambda *args: pytest.fail("read the data"))
+    monkeypatch.setattr(run, "_load_target", lambda *args: pytest.fail("read the target's weights"))
+    started = [*command, "--start-from"]
+    for name, value in {"hidden_size": 48, "vocab_size": 65}.items():
+        config = FSPADDraftModel.from_pretrained(begun).config
+        setattr(config, name, value)
+        FSPADDraftModel(config).save_pretrained(tmp_path / name, tokenizer=tokenizer)
+        said = refused(capsys, [*started, str(tmp_path / name)])
+        assert f"start_from='{tmp_path / name}' has {name}={value}, a draft for" in said
+    assert "is a 'llama' model: expected an FSPAD draft" in refused(capsys, [*started, command[2]])
+    assert "nowhere" in refused(capsys, [*started, str(tmp_path / "nowhere")])
+    weights = begun / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\xff")
+    assert "were changed" in refused(capsys, [*started, str(begun)])
+    with pytest.raises(ValueError, match=r"\['fc_bias'\] cannot be chosen with start_from"):
+        begun.joinpath("config.json").write_text(
+            json.dumps({**json.loads((begun / "config.json").read_text()), "weights_sha256": None})
+        )
+        config = TrainingConfig(str(tmp_path / "x"))
+        run.run_training(command[2], [command[4]], config, draft_overrides={"fc_bias": False}, start_from=str(begun))
+    assert not (tmp_path / "draft").exists()
+
+
+def test_the_plan_names_the_start(command, begun, monkeypatch, capsys):
+    monkeypatch.setattr(run, "_load_target", lambda *args: pytest.fail("read the target's weights"))
+    for options, shown in (([], "None"), (["--start-from", str(begun)], str(begun))):
+        assert main([*command, "--plan", *options]) == 0
+        assert f"\nstart_from             {shown}\n" in capsys.readouterr().out
 
 
 def test_trackers_are_told_every_step(llama, command, tmp_path, monkeypatch):
