@@ -371,7 +371,7 @@ def _print_plan(drafts: list[Draft], target: str, measured: dict, state) -> None
     console = Console(quiet=not state.is_main_process)
     console.print(f"{measured['prompts']} prompts, {measured['max_new_tokens']} new tokens; the drafts:")
     for draft in drafts:
-        parameters = make_plan(target, draft.config, draft.fields, False).parameters
+        parameters = make_plan(target, draft.fields, False).parameters
         begun = has_checkpoint(draft.folder / CHECKPOINTS)
         at = "trained" if draft.provenance() else "begun" if begun else "to train"
         if draft.provenance() and _rows(draft, measured) is not None:

@@ -270,7 +270,7 @@ def test_a_run_of_another_start_is_another_run(command, begun, tmp_path, tokeniz
 
 def test_a_start_that_does_not_fit_is_refused_before_work(command, begun, tmp_path, tokenizer, monkeypatch, capsys):
     monkeypatch.setattr(run, "load_training_rows", lambda *args: pytest.fail("read the data"))
-    monkeypatch.setattr(run, "_load_target", lambda *args: pytest.fail("read the target's weights"))
+    monkeypatch.setattr(run, "load_target", lambda *args: pytest.fail("read the target's weights"))
     started = [*command, "--start-from"]
     for name, value in {"hidden_size": 48, "vocab_size": 65}.items():
         config = FSPADDraftModel.from_pretrained(begun).config
@@ -293,7 +293,7 @@ def test_a_start_that_does_not_fit_is_refused_before_work(command, begun, tmp_pa
 
 
 def test_the_plan_names_the_start(command, begun, monkeypatch, capsys):
-    monkeypatch.setattr(run, "_load_target", lambda *args: pytest.fail("read the target's weights"))
+    monkeypatch.setattr(run, "load_target", lambda *args: pytest.fail("read the target's weights"))
     for options, shown in (([], "None"), (["--start-from", str(begun)], str(begun))):
         assert main([*command, "--plan", *options]) == 0
         assert f"\nstart_from             {shown}\n" in capsys.readouterr().out
