@@ -35,6 +35,8 @@ class FSPADConfig(PreTrainedConfig):
         tree: "fixed", or "auto": each round's tree is the one, up to the size above, that promises most tokens a
             second, by costs measured once on the device and by the paths accepted so far; where none pays, decoding is
             plain. Never changes a token.
+        prepack_linears: on a CPU, keep a second copy of the target's and the draft's linear weights, in the layout in
+            which a forward over a few rows is quickest; costs their memory once more.
         coupled_drafting: when sampling, let the draft see the noise of the coming draws. Never changes a token.
         coupling_sharpness: the factor on the draft's log-probabilities where a coupled child is chosen. A draft hedges
             between continuations that the target tells apart, so above 1 its guess of a given draw is better.
@@ -70,6 +72,7 @@ class FSPADConfig(PreTrainedConfig):
     tree_top_k: int = 10
     tree_total_nodes: int = 59
     tree: str = "fixed"
+    prepack_linears: bool = False
     coupled_drafting: bool = True
     coupling_sharpness: int | float = 1.0
     coupling_kappa: int | float = 1.0

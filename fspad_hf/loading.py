@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .demo_target import demo_target, released_draft
@@ -73,15 +74,20 @@ def load_draft(draft: str, beside: Models, **trees: int | str | None) -> FSPADDr
 
 
 def tree_changes(
-    place,
+    place: torch.device,
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
     tree: str | None = None,
 ) -> dict[str, int | str | None]:
-    """What to change of a draft's configuration; a CPU for which nothing is asked gets `CPU_TREE`."""
+    """
+    What to change of a draft's configuration: the tree, and on a CPU the prepacked weights; a CPU for which no tree is
+    asked gets `CPU_TREE`.
+    """
     given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes, "tree": tree}
-    return CPU_TREE if place.type == "cpu" and all(value is None for value in given.values()) else given
+    if place.type != "cpu":
+        return given
+    return {**(CPU_TREE if all(value is None for value in given.values()) else given), "prepack_linears": True}
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], device=None) -> dict:

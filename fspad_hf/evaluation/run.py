@@ -90,8 +90,7 @@ def run_bench(
         max_new_tokens=max_new_tokens, seed=seed, device=str(models.target.device),
         dtype=str(models.target.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
         raw_prompts=raw_prompts,
-        trees={name: [*TreeShape.of(d.config), *(["auto"] if d.config.tree == "auto" else [])]
-               for name, d in loaded.items()},
+        trees={name: tree_settings(draft.config) for name, draft in loaded.items()},
     )  # fmt: skip
     file = RecordFile(Path(output), config)
     try:
@@ -183,6 +182,12 @@ def verdict(figures: dict, names: Sequence[str], exact: bool) -> str:
     if exact:
         return f"{line}: NOT LOSSLESS."
     return f"{line}; the others part at near ties, as half precision does (see each first difference)."
+
+
+def tree_settings(config) -> list[int | str]:
+    """Depth, top-k and nodes of a draft's trees, "auto" where they are chosen, "prepacked" if the weights are."""
+    words = {"auto": config.tree == "auto", "prepacked": config.prepack_linears}
+    return [*TreeShape.of(config), *(word for word, holds in words.items() if holds)]
 
 
 def _named(draft: str, index: int) -> tuple[str, str]:

@@ -1,6 +1,7 @@
 """The draft at work: grows a dynamic tree (EAGLE-2, arXiv 2406.16858, section 4) from the target's true features."""
 
 import copy
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.generation import (
 
 from ..modeling_fspad import FSPADDraftModel
 from .cache import ArenaCache
+from .prepacked import prepacked
 from .target import Target
 from .tree import CandidateTree, TreeShape, prune
 from .verification import NoiseQueue
@@ -57,6 +59,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         self.warpers = LogitsProcessorList(p for p in logits_processor or () if type(p) in STATIC_WARPERS)
         self.noise = noise if draft.config.coupled_drafting else None
         self.cache = ArenaCache(num_layers=1)
+        self._kernels = nullcontext()
         self._logit_feature = self._feature = None  # [1, 1, hidden]: o_logit and o_feature of the root
 
     @torch.no_grad()
@@ -72,6 +75,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         """
         if not self.cache.length:
             self.draft = _matched(self.draft, features)
+            self._kernels = prepacked(self.draft) if self.config.prepack_linears else nullcontext()
         new, start = tokens.shape[1], self.cache.length
         mask = None
         if new > 1 and (start or self.draft.config._attn_implementation != "sdpa"):
@@ -153,13 +157,14 @@ class FSPADCandidateGenerator(CandidateGenerator):
 
     def _step(self, tokens, features, positions, mask):
         device, dtype = self.draft.device, self.draft.dtype
-        return self.draft(
-            inputs_embeds=self.target.embed(tokens).to(device, dtype),
-            features=features.to(device, dtype),
-            position_ids=positions.to(device),
-            attention_mask=mask,
-            cache=self.cache,
-        )
+        with self._kernels:
+            return self.draft(
+                inputs_embeds=self.target.embed(tokens).to(device, dtype),
+                features=features.to(device, dtype),
+                position_ids=positions.to(device),
+                attention_mask=mask,
+                cache=self.cache,
+            )
 
     def _children(self, logit_features: torch.Tensor, k: int, rows: torch.Tensor | None, depth: int):
         """

@@ -70,7 +70,7 @@ def tree_decoding(
         input_ids (`[1, prompt]`): the prompt; `model_kwargs` are as `generate` prepares them.
     """
     found = probe(model)
-    target = Target(model, found.use_hook, found.logit_transform)
+    target = Target(model, found.use_hook, found.logit_transform, draft.config.prepack_linears)
     noise = None
     if generation_config.do_sample:
         noise = NoiseQueue(input_ids.device, target.text_config.vocab_size)

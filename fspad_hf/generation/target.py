@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from ..host import CACHE
 from .cache import ArenaCache
+from .prepacked import prepacked
 from .tree import CandidateTree
 
 HIDDEN_WINDOWS = ("window_size", "attention_window", "local_attention")
@@ -28,13 +29,21 @@ class Target:
         model: the target.
         use_hook: as found by the probe.
         logit_transform: name of a function in [`LOGIT_TRANSFORMS`], as found by the probe.
+        prepack: verify on prepacked weights, see [`prepacked`].
     """
 
-    def __init__(self, model: PreTrainedModel, use_hook: bool = True, logit_transform: str = "identity"):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        use_hook: bool = True,
+        logit_transform: str = "identity",
+        prepack: bool = False,
+    ):
         self.model = model
         self.embedding = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
         self.use_hook = use_hook
+        self.kernels = prepacked(model) if prepack and not is_compiled(model) else nullcontext()
         self.logit_transform = LOGIT_TRANSFORMS[logit_transform]
         self.text_config = model.config.get_text_config()
         self.device = execution_device(model)
@@ -99,7 +108,7 @@ class Target:
         }
         if not self.use_hook:
             inputs["output_hidden_states"] = True
-        with self._armed() as caught:
+        with self._armed() as caught, self.kernels:
             outputs = self.model(**inputs)
         return outputs.logits, self._features(outputs, caught)
 
@@ -111,12 +120,13 @@ class Target:
             ids (`[drafted]`): only these columns, the same ones throughout a call; `None` is the whole vocabulary.
         """
         if ids is None:
-            logits = self.head(features)
+            logits = self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
         elif type(self.head) is nn.Linear and self.head.weight.device == features.device:
             if self._head_rows is None:  # a copy of a few rows, for as long as the call
                 bias = self.head.bias
                 self._head_rows = self.head.weight[ids], None if bias is None else bias[ids]
-            logits = nn.functional.linear(features, *self._head_rows)
+            # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
+            logits = nn.functional.linear(features.flatten(0, -2), *self._head_rows).unflatten(0, features.shape[:-1])
         else:  # quantised, offloaded or adapted: only the module itself knows how
             logits = self.head(features)[..., ids]
         return self.logit_transform(self.text_config, logits)

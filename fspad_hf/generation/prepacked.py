@@ -1,0 +1,82 @@
+"""On a CPU: linear layers whose weights also lie in the layout that a forward over a few rows wants.
+
+A plain decoding step multiplies each weight with one row, and reads it as it lies. For the few rows of a tree oneDNN
+first brings the weight into blocks, at every call, which can cost more than the product. Keeping the blocked copy
+takes the weight's memory once more.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+ROWS = 8  # the layout is chosen for about so many
+
+
+class PackedWeight(NamedTuple):
+    weight: torch.Tensor  # [out, in], as the module has it; held, so that its id stays its own
+    version: int  # of the weight when it was packed
+    packed: torch.Tensor
+
+
+class PackedWeights(dict):
+    """id(weight) -> [`PackedWeight`] of one model. It lives on the model and is no part of its copies and pickles."""
+
+    def __deepcopy__(self, memo) -> "PackedWeights":
+        return PackedWeights()
+
+    def __reduce__(self):
+        return PackedWeights, ()
+
+
+class PrepackedLinears(TorchFunctionMode):
+    """Within it, and in its thread alone, `linear` of a packed weight runs on the packed copy."""
+
+    def __init__(self, weights: PackedWeights):
+        super().__init__()
+        self.weights = weights
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear and len(args) >= 2:
+            found = self.weights.get(id(args[1]))
+            if found is not None and args[0].dtype == found.weight.dtype and not torch.is_grad_enabled():
+                bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
+                return torch.ops.mkldnn._linear_pointwise(args[0], found.packed, bias, "none", [], "")
+        return func(*args, **(kwargs or {}))
+
+
+def prepacked(model: nn.Module) -> AbstractContextManager:
+    """
+    A context, to be entered as often as wanted, in which the model's linear layers run on packed weights.
+
+    Weights that lie elsewhere than on the CPU, that are quantised or that this build of PyTorch cannot pack stay as
+    they are. The copies are kept on the model, and made anew where a weight has changed.
+    """
+    if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
+        return nullcontext()
+    known = model.__dict__.get("_fspad_prepacked", {})
+    weights = PackedWeights()
+    for module in model.modules():
+        if type(module) is nn.Linear and _can_pack(module.weight):
+            weight = module.weight
+            found = known.get(id(weight))
+            if found is None or found.version != weight._version or found.weight is not weight:
+                found = PackedWeight(weight, weight._version, pack(weight))
+            weights[id(weight)] = found
+    model.__dict__["_fspad_prepacked"] = weights
+    return PrepackedLinears(weights) if weights else nullcontext()
+
+
+def pack(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+
+
+def _can_pack(weight: torch.Tensor) -> bool:
+    if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.is_inference():
+        return False
+    if weight.layout != torch.strided or not weight.is_contiguous():
+        return False
+    halves = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return weight.dtype == torch.float32 or halves
