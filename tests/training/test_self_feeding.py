@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from fspad_hf import FSPADCandidateGenerator
 from fspad_hf.generation.target import Target
+from fspad_hf.generation.tree import TreeShape
 from fspad_hf.training.config import TrainingConfig
 from fspad_hf.training.losses import Objective, draft_loss, draft_outputs, fspad_loss
 from fspad_hf.training.packing import segment_mask, segment_positions
@@ -20,7 +21,7 @@ STEPS = 4
 class Chain(FSPADCandidateGenerator):
     """Grows the chain of `known` tokens, one a level, and keeps what the draft said at each."""
 
-    def _children(self, logit_features, rows, depth):
+    def _children(self, logit_features, k, rows, depth):
         self.said.append(logit_features[0, 0])
         return torch.zeros(1, 1, 1), self.known[depth].view(1, 1, 1)
 
@@ -30,7 +31,7 @@ def drafted(draft, llama, ids, features, root):
     chain = Chain(draft, Target(llama))
     chain.said, chain.known = [], F.pad(ids[0, root + 2 :], (0, 1))  # what the last level draws is not read
     chain.accept(features[:, : root + 1], ids[:, 1 : root + 2])
-    chain.grow(ids[:, root + 1 : root + 2], min(STEPS, ids.shape[1] - 1 - root))
+    chain.grow(ids[:, root + 1 : root + 2], TreeShape(min(STEPS, ids.shape[1] - 1 - root), 1, STEPS))
     return chain.said
 
 
@@ -71,7 +72,7 @@ CASES += [(SHAPES[0], True, "eager")]  # without segments step 1 leaves causalit
 @pytest.mark.parametrize(("shape", "packed", "attention"), CASES, ids=str)
 @torch.no_grad()
 def test_every_step_is_that_of_drafting(llama, documents, shape, packed, attention):
-    draft = attentive(llama, tree_top_k=1, tree_total_nodes=6, **shape)
+    draft = attentive(llama, **shape)
     draft.set_attn_implementation(attention)
     used = documents if packed else documents[:1]
     ids, features = (torch.cat(parts, dim=1) for parts in zip(*used, strict=True))
