@@ -7,6 +7,7 @@ import torch
 from fspad_hf import runtime
 from fspad_hf.cli import main
 from fspad_hf.loading import encode_chat
+from fspad_hf.training import many_trees
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
 
 from ..conftest import fresh_draft
@@ -14,21 +15,31 @@ from ..conftest import fresh_draft
 
 @pytest.mark.parametrize("mode", ["greedy", "coupled", "uncoupled"])
 @pytest.mark.parametrize("eos", [None, 2])
-def test_simulation_equals_decoding_round_for_round(llama, prompt, mode, eos):
-    draft = fresh_draft(llama, tree_depth=4, tree_top_k=4, tree_total_nodes=15, coupled_drafting=mode == "coupled")
+@pytest.mark.parametrize("drafted", [None, 32])
+@pytest.mark.parametrize("at_once", [64, 7])
+def test_simulation_equals_decoding_round_for_round(llama, prompt, mode, eos, drafted, at_once, monkeypatch):
+    monkeypatch.setattr(many_trees, "TREES_AT_ONCE", at_once)
+    fields = {"tree_depth": 4, "tree_top_k": 4, "tree_total_nodes": 15, "draft_vocab_size": drafted}
+    draft = fresh_draft(llama, coupled_drafting=mode == "coupled", **fields)
+    if drafted:
+        draft.draft_vocab_ids = torch.arange(1, 64, 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for weight in (*draft.layer.self_attn.parameters(), draft.layer.mlp.down_proj.weight):
+            torch.nn.init.normal_(weight, std=0.4)  # a fresh draft hardly attends to anything
     kwargs = {"do_sample": mode != "greedy", "max_new_tokens": 40, "eos_token_id": eos}
     if mode != "greedy":
         kwargs |= {"temperature": 1.0, "top_k": 0}
-    seen = 0
-    for seed in range(4):
+    seen = accepted = 0
+    for seed in range(3):
         torch.manual_seed(seed)
         out = llama.generate(prompt, assistant_model=draft, return_dict_in_generate=True, **kwargs)
         noise = KnownNoise(seed, 50, 64, prompt.device) if mode == "coupled" else None
         length = prompt.shape[1]
         record = simulate(llama, draft, out.sequences, length, length + 40, noise)
         assert record.accepted_lengths == out.speculation.accepted_lengths
-        seen += record.rounds
-    assert seen
+        seen, accepted = seen + record.rounds, accepted + sum(record.accepted_lengths)
+    assert seen and (mode != "coupled" or accepted > 1.2 * seen)
 
 
 def test_measure(llama, tokenizer):
