@@ -122,6 +122,20 @@ def test_an_interrupt_saves_first_and_tells_how_to_go_on(command, tmp_path, monk
     assert shown_steps(capsys.readouterr().out)[4:] == rest
 
 
+def test_an_interrupt_in_the_last_validation_is_not_lost(command, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"loss": 1.0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validate", interrupted)
+        assert main(command) == 130
+    assert not (tmp_path / "draft" / "model.safetensors").exists()
+    capsys.readouterr()
+    assert main(command) == 0 and not shown_steps(capsys.readouterr().out)  # no step was left to do
+    assert read_provenance(tmp_path / "draft" / "training.json")["best_step"] == 6
+
+
 def test_a_checkpoint_of_another_run_is_refused(command, files, tmp_path, capsys):
     assert main([*command, "--coupling-positions", "0"]) == 0
     said = refused(capsys, [*command, "--coupling-positions", "0", "--learning-rate", "0.01", "--seed", "3"])
