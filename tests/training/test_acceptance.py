@@ -1,14 +1,18 @@
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fspad_hf import runtime
+from fspad_hf import FSPADCandidateGenerator, runtime
 from fspad_hf.cli import main
+from fspad_hf.generation.target import Target
+from fspad_hf.generation.tree import TreeShape
 from fspad_hf.loading import encode_chat
 from fspad_hf.training import many_trees
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
+from fspad_hf.training.many_trees import ManyTrees
 
 from ..conftest import fresh_draft
 
@@ -93,3 +97,26 @@ def test_batched_continuations_are_what_plain_generate_makes(llama):
             assert made[number].tolist() == truth.tolist()
         lengths = {made[number].shape[1] - prompts[number].shape[1] for number in made}
         assert not sampled or min(lengths) < 30  # some end with EOS
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@torch.no_grad()
+def test_trees_side_by_side_are_those_of_decoding(llama, coupled):
+    draft = fresh_draft(llama, coupled_drafting=coupled)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for weight in (*draft.layer.self_attn.parameters(), draft.layer.mlp.down_proj.weight):
+            torch.nn.init.normal_(weight, std=0.4)
+        ids, shape = torch.randint(3, 64, (1, 14)), TreeShape(4, 5, 30)
+        noise = torch.empty(16, 64).exponential_() if coupled else None
+    features = llama.model(ids).last_hidden_state
+    many, places = ManyTrees(draft, Target(llama), noise=noise), range(3, 12)
+    grown = many.grow_at(many.accept(features[:, :-1], ids[:, 1:]), places, shape, noise)
+    for number, place in enumerate(places):
+        peek = SimpleNamespace(peek=lambda count, first=number: noise[first : first + count])
+        one = FSPADCandidateGenerator(draft, Target(llama), noise=peek if coupled else None)
+        one.accept(features[:, : place + 1], ids[:, 1 : place + 2])
+        expected, made = one.grow(ids[:, [place + 1]], shape), grown.tree(number, int(ids[0, place + 1]))
+        for part in ("tokens", "parents", "depths"):
+            assert getattr(made, part).tolist() == getattr(expected, part).tolist(), (place, part)
+        torch.testing.assert_close(made.scores, expected.scores, atol=1e-4, rtol=1e-4)
