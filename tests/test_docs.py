@@ -9,6 +9,7 @@ import os
 import random
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from fspad_hf.generation import hook
 
 from . import tiny
 from .conftest import fresh_draft
+from .conversion import reference
+from .training.test_processes import ENVIRONMENT, free_port
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -39,10 +42,6 @@ CPU_ONLY = "ACCELERATE_USE_CPU=true"
 NOT_RUN = {
     ("docs/quickstart.md", "fspad-hf chat --temperature 0.7"),
     ("docs/training.md", "fspad-hf push my-draft --repo-id user/my-draft"),
-    (
-        "docs/training.md",
-        "fspad-hf convert path/or/hub-id-of-the-checkpoint --target path/or/hub-id --output my-draft",
-    ),
 }
 SMALL = {  # what stands in the documents, or the default, would take minutes
     "demo": {"--max-new-tokens": "5"},
@@ -113,6 +112,7 @@ def stock(tmp_path_factory, tokenizer):
     choose = random.Random(0)
     texts = [f"<u>why {choose.random()}|<a>because {choose.random()}|".ljust(64, "|")[:64] for _ in range(540)]
     rows = np.array([tokenizer.encode(text, add_special_tokens=False)[:40] for text in texts], dtype=np.uint16)
+    reference.write(folder / "checkpoint", "fspad", reference.weights_of("fspad"))
     (folder / "files").mkdir()
     np.save(folder / "files" / "rows.npy", rows)
     categories = ("writing", "translation", "summarization", "qa", "math_reasoning", "rag")
@@ -130,6 +130,7 @@ class Runner:
             "path/or/hub-id-of-its-draft": stock / "hub_cards" / DRAFT,
             "path/or/hub-id": stock / "cache" / TARGET,
             "path/or/hub-id-of-the-fine-tune": stock / "cache" / TARGET,
+            "path/or/hub-id-of-the-checkpoint": stock / "checkpoint",
             f"HuggingFaceTB/{TARGET}": stock / "cache" / TARGET,
         }
         # What the README's first block takes as given.
@@ -155,7 +156,7 @@ class Runner:
                  "cd": lambda arguments: self._enter(self.folder / arguments[0]),
                  "python": check_venv, ".": lambda arguments: None, "accelerate": check_launch}  # fmt: skip
         if words[0] == CPU_ONLY:
-            words = words[1:]
+            return self._launch(words[2:])
         assert words[0] in known, f"{block}: no test knows how to run {shlex.join(words)}"
         known[words[0]](words[1:])
 
@@ -171,6 +172,18 @@ class Runner:
         if "row_length" in options:
             arguments = with_option(arguments, "--row-length", ["48"])
         assert cli.main(arguments) == 0, f"fspad-hf {shlex.join(arguments)}"
+
+    def _launch(self, arguments: list[str]) -> None:
+        """Two processes; but for the port, which other tests may use, as it stands there."""
+        check_launch(arguments)
+        arguments = [self._localised(argument) for argument in arguments]
+        for option, value in SMALL["train"].items():
+            arguments = with_option(arguments, option, [value])
+        arguments[1:1] = ["--main_process_port", str(free_port())]
+        launched = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]
+        environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
+        done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
 
     def _mkdir(self, arguments: list[str]) -> None:
         (self.folder / arguments[-1]).mkdir(parents="-p" in arguments)
@@ -217,7 +230,7 @@ def check_pytest(arguments: list[str]) -> None:
 
 
 def check_launch(arguments: list[str]) -> None:
-    """Not run: two processes take a while, and tests/training/test_processes.py launches them so."""
+    """All that can be said of it without GPUs; what runs on the CPU is launched."""
     launched = launch_command_parser().parse_args(arguments[1:])
     assert (arguments[0], launched.module, launched.training_script) == ("launch", True, "fspad_hf")
     assert launched.num_processes > 1 and cli._parser().parse_args(launched.training_script_args)

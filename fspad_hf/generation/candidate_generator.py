@@ -17,7 +17,7 @@ from transformers.generation import (
     TypicalLogitsWarper,
 )
 
-from ..modeling_fspad import FSPADDraftModel
+from ..modeling_fspad import FSPADDraftModel, FSPADDraftOutput
 from .cache import ArenaCache
 from .prepacked import prepacked
 from .target import Target
@@ -63,7 +63,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         self._logit_feature = self._feature = None  # [1, 1, hidden]: o_logit and o_feature of the root
 
     @torch.no_grad()
-    def accept(self, features: torch.Tensor, tokens: torch.LongTensor):
+    def accept(self, features: torch.Tensor, tokens: torch.LongTensor) -> FSPADDraftOutput:
         """
         Takes in true pairs (f_t, token t+1), the last token being the next tree's root.
 
@@ -72,6 +72,9 @@ class FSPADCandidateGenerator(CandidateGenerator):
 
         Args:
             features (`[1, new, hidden]`), tokens (`[1, new]`).
+
+        Returns:
+            The draft's outputs of these pairs.
         """
         if not self.cache.length:
             self.draft = _matched(self.draft, features)
@@ -80,10 +83,11 @@ class FSPADCandidateGenerator(CandidateGenerator):
         mask = None
         if new > 1 and (start or self.draft.config._attn_implementation != "sdpa"):
             rows = torch.arange(start, start + new, device=self.draft.device)[:, None]
-            mask = _additive(torch.arange(start + new, device=self.draft.device) <= rows, self.draft.dtype)
+            mask = additive_mask(torch.arange(start + new, device=self.draft.device) <= rows, self.draft.dtype)
         out = self._step(tokens, features, torch.arange(start, start + new)[None], mask)
         self.cache.keep(list(range(new)))
         self._logit_feature, self._feature = out.logit_features[:, -1:], out.features[:, -1:]
+        return out
 
     @torch.no_grad()
     def grow(self, root: torch.LongTensor, shape: TreeShape) -> CandidateTree:
@@ -111,7 +115,9 @@ class FSPADCandidateGenerator(CandidateGenerator):
             mask = torch.cat((torch.ones(k, start, dtype=torch.bool, device=device), seen), dim=-1)
             positions = torch.full((1, k), start + level - 1)
             self.cache.length = start + (level - 1) * k  # append after the levels above
-            out = self._step(frontier_tokens[None], frontier_features, positions, _additive(mask, self.draft.dtype))
+            out = self._step(
+                frontier_tokens[None], frontier_features, positions, additive_mask(mask, self.draft.dtype)
+            )
             confidences, tokens = self._children(out.logit_features, k, rows, level)  # [1, k, k]
             scores = (frontier_scores[:, None] + confidences[0]).flatten()
             levels.append((tokens.flatten(), frontier_nodes.repeat_interleave(k), scores))
@@ -179,13 +185,13 @@ class FSPADCandidateGenerator(CandidateGenerator):
         if rows is not None:
             flat = self.warpers(None, scores[0]) if self.warpers else scores[0]
             noise = rows[depth].to(scores.device)
-            log_noise = (noise if ids is None else noise[ids]).clamp(min=torch.finfo(torch.float32).tiny).log()
+            log_noise = (noise if ids is None else noise[..., ids]).clamp(min=torch.finfo(torch.float32).tiny).log()
             scores = (self.config.coupling_kappa * (self.config.coupling_sharpness * flat - log_noise))[None]
         values, tokens = scores.log_softmax(-1).topk(k, dim=-1)
         return values, tokens if ids is None else ids[tokens]
 
 
-def _additive(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+def additive_mask(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
     """`[queries, keys]` bool to `[1, 1, queries, keys]` float."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]

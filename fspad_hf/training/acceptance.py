@@ -1,8 +1,8 @@
 """tau without decoding: the rounds simulated over a continuation that is already known.
 
 Exact, because a tree depends on the tokens so far and not on what else a forward computed: the target's features of
-all tokens come from one forward, the trees are grown by the very generator that decodes, and walked along the known
-tokens.
+all tokens come from one forward, the trees are grown by [`many_trees`] as decoding grows them, and walked along the
+known tokens.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ..generation.candidate_generator import FSPADCandidateGenerator
 from ..generation.decoding import SpeculationRecord, depth_limit
 from ..generation.probe import probe
 from ..generation.target import Target
@@ -20,18 +19,15 @@ from ..generation.verification import walk
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import counted, quiet_transformers, writable_file, write_json
+from .many_trees import ManyTrees
 
 
 class KnownNoise:
-    """A [`NoiseQueue`] of rows already drawn, `[tokens, V]`: row i decided token i of the continuation."""
+    """Rows already drawn, `[tokens, V]`: row i decided token i of the continuation."""
 
     def __init__(self, seed: int, tokens: int, vocab_size: int, device: torch.device):
         torch.manual_seed(seed)  # as before the plain run: one [1, V] row a token, in order
         self.rows = torch.cat([torch.empty(1, vocab_size, device=device).exponential_() for _ in range(tokens)])
-        self.at = 0
-
-    def peek(self, count: int) -> torch.Tensor:
-        return self.rows[self.at : self.at + count]
 
 
 class KnownTokens:
@@ -74,17 +70,24 @@ def simulate(
     view = Target(target, found.use_hook, found.logit_transform)
     if features is None:
         features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
-    generator = FSPADCandidateGenerator(draft, view, logits_processor, noise)
-    shape = TreeShape.of(draft.config)
-    emitter, record, taken = KnownTokens(sequence[0].tolist(), prompt_length + 1), SpeculationRecord(), 0
+    generator = ManyTrees(draft, view, logits_processor, noise)
+    outputs = generator.accept(features[:, :-1], sequence[:, 1:])
+    rows = None if generator.noise is None else noise.rows
+
+    def limit(length: int) -> int:
+        return depth_limit(generator.config.tree_depth, length, 0, max_length, view.text_config)
+
+    emitter, record = KnownTokens(sequence[0].tolist(), prompt_length + 1), SpeculationRecord()
+    grown, trees = range(0), None
     while not emitter.finished:
         length = emitter.at
-        generator.accept(features[:, taken : length - 1], sequence[:, taken + 1 : length])
-        taken = length - 1
-        if noise is not None:
-            noise.at = length - prompt_length
-        depth = depth_limit(shape.depth, length, 0, max_length, view.text_config)
-        tree = generator.grow(sequence[:, length - 1 : length], shape._replace(depth=depth))
+        if length not in grown:  # all trees of a depth from here on, of which a walk visits some
+            end = min(length + generator.at_once, sequence.shape[1])
+            grown = range(length, next((n for n in range(length, end) if limit(n) != limit(length)), end))
+            shape = TreeShape.of(draft.config)._replace(depth=limit(length))
+            drawn = None if rows is None else rows[length - prompt_length :]
+            trees = generator.grow_at(outputs, range(length - 2, grown.stop - 2), shape, drawn)
+        tree = trees.tree(length - grown.start, emitter.tokens[length - 1])
         path: list[int] = []
         walk(tree, features.new_empty(1, len(tree), 0), emitter, path)
         record.accepted_lengths.append(len(path))

@@ -119,7 +119,19 @@ class SelfplayDecoder:
         self.temperature = torch.zeros(rows, 3, device=device)
         self.noise = torch.ones(rows, text_config.vocab_size, device=device)
         self.generator = torch.Generator(device)
-        self.run_step = captured(self.step, device) if graph and device.type == "cuda" else self.step
+        self.run_step = self._captured() if graph and device.type == "cuda" else self.step
+
+    def _captured(self) -> Callable[[], None]:
+        try:
+            with self.target._optimize_model_for_decode():  # of experts, the kind whose shapes do not depend on data
+                return captured(self.step, self.device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise ValueError(
+                f"{type(self.target).__name__} cannot be captured as a CUDA graph ({str(error).splitlines()[0]}): "
+                "use graph=False (--no-graph)."
+            ) from error
 
     @torch.no_grad()
     def rows(

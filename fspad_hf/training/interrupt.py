@@ -22,22 +22,25 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Whether one came."""
+    """Whether one came, and the signal's `number`."""
 
     def __init__(self):
-        self.came, self._first = False, 0.0
+        self.came, self.number, self._first = False, None, 0.0
 
     def __call__(self, number: int, frame) -> None:
         now = time.monotonic()
         if self.came and now - self._first > SAME_CTRL_C:
             raise KeyboardInterrupt
         if not self.came:
-            self.came, self._first = True, now
+            self.came, self.number, self._first = True, number, now
 
 
 @contextmanager
 def noticed_interrupts() -> Iterator[Interrupts]:
-    """SIGINT and SIGTERM are noted inside the block; a second one, seconds later, stops at once."""
+    """
+    SIGINT and SIGTERM are noted inside the block; a second one, seconds later, stops at once. One that came too late
+    for the block to act on does its work after it.
+    """
     interrupts = Interrupts()
     if threading.current_thread() is not threading.main_thread():  # only that one may handle signals
         yield interrupts
@@ -48,3 +51,5 @@ def noticed_interrupts() -> Iterator[Interrupts]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if interrupts.came:  # an exception would not get here
+        signal.raise_signal(interrupts.number)

@@ -7,6 +7,7 @@ from pathlib import Path
 import accelerate
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from ..configuration_fspad import FSPADConfig
@@ -96,8 +97,19 @@ def make_provenance(
 
 
 def save_draft(draft: FSPADDraftModel, folder: Path, tokenizer, provenance: dict[str, object]) -> None:
-    """The draft and its training.json, which is gone for as long as the weights are being replaced."""
+    """
+    The draft and its training.json, which is gone for as long as the weights are being replaced.
+
+    Raises:
+        OSError: they cannot be written, as on a full disk.
+    """
     (folder / PROVENANCE).unlink(missing_ok=True)
-    with quiet_transformers():
-        draft.save_pretrained(folder, tokenizer=tokenizer)
-    write_json(folder / PROVENANCE, provenance | {"weights_sha256": draft.config.weights_sha256})
+    try:
+        with quiet_transformers():
+            draft.save_pretrained(folder, tokenizer=tokenizer)
+        write_json(folder / PROVENANCE, provenance | {"weights_sha256": draft.config.weights_sha256})
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"The draft cannot be written to {str(folder)!r} ({getattr(error, 'strerror', None) or error}); the "
+            "checkpoint of the last step stands. Make room there and run the same command again."
+        ) from error

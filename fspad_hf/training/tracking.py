@@ -95,4 +95,7 @@ def _validation(record: dict) -> str:
     shown = {"loss": "loss", "top1": "top1", "tau": "tau", "coupled_tau": "tau at T = 1"}
     parts = [f"{label} {record[key]:.3f}" for name, label in shown.items() if (key := f"validation_{name}") in record]
     hits = [f"{record[key]:.2f}" for k in (1, 3, 10) if (key := f"validation_hit_{k}") in record]
-    return "  ".join([*parts, *(["first level's best 1, 3, 10: " + " ".join(hits)] if hits else [])])
+    depths = [f"{value:.2f}" for name, value in record.items() if name.startswith("validation_acceptance_")]
+    for label, shares in (("first level's best 1, 3, 10", hits), ("accepted by depth", depths)):
+        parts += [f"{label}: {' '.join(shares)}"] if shares else []
+    return "  ".join(parts)

@@ -70,7 +70,7 @@ def train(
     Raises:
         ValueError: nothing to train on, masks that keep nothing, settings that do not fit, a checkpoint of another
             run.
-        FloatingPointError: the loss is not a number; the last checkpoint stands.
+        FloatingPointError: the loss or a gradient is not a finite number; the last checkpoint stands.
         OSError: a checkpoint cannot be written; the last one stands.
         TrainingInterrupted: Ctrl-C (or SIGTERM) came; a checkpoint was written first.
     """
@@ -186,9 +186,11 @@ def _gradients(run: _Run, model: nn.Module, step: int, interrupts: Interrupts) -
     *totals, stopped = accelerator.reduce(sums, reduction="sum").tolist()
     means = {name: total / positions for name, total in zip(SUMS, totals, strict=True)}
     loss = config.feature_weight * means["feature"] + config.logit_weight * means["logit"]
-    if not math.isfinite(loss):
+    largest = torch.nn.utils.get_total_norm([p.grad for p in run.draft.parameters()], math.inf)
+    if not (math.isfinite(loss) and largest.isfinite()):  # the weights after such a gradient would be no numbers
+        what = f"loss is {loss}" if not math.isfinite(loss) else f"largest gradient is {float(largest)}"
         raise FloatingPointError(
-            f"The loss is {loss} at step {step + 1}: lower learning_rate={config.learning_rate}; the last good "
+            f"The {what} at step {step + 1}: lower learning_rate={config.learning_rate}; the last good "
             f"checkpoint stands in {Path(config.output_dir) / CHECKPOINTS}."
         )
     record = {"step": step + 1, "loss": loss, **means, "tokens": run.data.ids[everyones].numel()}

@@ -129,7 +129,7 @@ class HindsightNoise(KnownNoise):
     def __init__(self, p: torch.Tensor, tokens: torch.LongTensor, more: int, seed: int):
         generator = torch.Generator(p.device).manual_seed(seed)
         fresh = torch.empty(more, p.shape[1], device=p.device).exponential_(generator=generator)
-        self.rows, self.at = torch.cat((hindsight_noise(p, tokens, generator), fresh)), 0
+        self.rows = torch.cat((hindsight_noise(p, tokens, generator), fresh))
 
 
 def hindsight_noise(p: torch.Tensor, tokens: torch.LongTensor, generator: torch.Generator) -> torch.Tensor:

@@ -1,34 +1,49 @@
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from fspad_hf import runtime
+from fspad_hf import FSPADCandidateGenerator, runtime
 from fspad_hf.cli import main
+from fspad_hf.generation.target import Target
+from fspad_hf.generation.tree import TreeShape
 from fspad_hf.loading import encode_chat
+from fspad_hf.training import many_trees
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
+from fspad_hf.training.many_trees import ManyTrees
 
 from ..conftest import fresh_draft
 
 
 @pytest.mark.parametrize("mode", ["greedy", "coupled", "uncoupled"])
 @pytest.mark.parametrize("eos", [None, 2])
-def test_simulation_equals_decoding_round_for_round(llama, prompt, mode, eos):
-    draft = fresh_draft(llama, tree_depth=4, tree_top_k=4, tree_total_nodes=15, coupled_drafting=mode == "coupled")
+@pytest.mark.parametrize("drafted", [None, 32])
+@pytest.mark.parametrize("at_once", [64, 7])
+def test_simulation_equals_decoding_round_for_round(llama, prompt, mode, eos, drafted, at_once, monkeypatch):
+    monkeypatch.setattr(many_trees, "TREES_AT_ONCE", at_once)
+    fields = {"tree_depth": 4, "tree_top_k": 4, "tree_total_nodes": 15, "draft_vocab_size": drafted}
+    draft = fresh_draft(llama, coupled_drafting=mode == "coupled", **fields)
+    if drafted:
+        draft.draft_vocab_ids = torch.arange(1, 64, 2)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for weight in (*draft.layer.self_attn.parameters(), draft.layer.mlp.down_proj.weight):
+            torch.nn.init.normal_(weight, std=0.4)  # a fresh draft hardly attends to anything
     kwargs = {"do_sample": mode != "greedy", "max_new_tokens": 40, "eos_token_id": eos}
     if mode != "greedy":
         kwargs |= {"temperature": 1.0, "top_k": 0}
-    seen = 0
-    for seed in range(4):
+    seen = accepted = 0
+    for seed in range(3):
         torch.manual_seed(seed)
         out = llama.generate(prompt, assistant_model=draft, return_dict_in_generate=True, **kwargs)
         noise = KnownNoise(seed, 50, 64, prompt.device) if mode == "coupled" else None
         length = prompt.shape[1]
         record = simulate(llama, draft, out.sequences, length, length + 40, noise)
         assert record.accepted_lengths == out.speculation.accepted_lengths
-        seen += record.rounds
-    assert seen
+        seen, accepted = seen + record.rounds, accepted + sum(record.accepted_lengths)
+    assert seen and (mode != "coupled" or accepted > 1.2 * seen)
 
 
 def test_measure(llama, tokenizer):
@@ -82,3 +97,26 @@ def test_batched_continuations_are_what_plain_generate_makes(llama):
             assert made[number].tolist() == truth.tolist()
         lengths = {made[number].shape[1] - prompts[number].shape[1] for number in made}
         assert not sampled or min(lengths) < 30  # some end with EOS
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+@torch.no_grad()
+def test_trees_side_by_side_are_those_of_decoding(llama, coupled):
+    draft = fresh_draft(llama, coupled_drafting=coupled)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for weight in (*draft.layer.self_attn.parameters(), draft.layer.mlp.down_proj.weight):
+            torch.nn.init.normal_(weight, std=0.4)
+        ids, shape = torch.randint(3, 64, (1, 14)), TreeShape(4, 5, 30)
+        noise = torch.empty(16, 64).exponential_() if coupled else None
+    features = llama.model(ids).last_hidden_state
+    many, places = ManyTrees(draft, Target(llama), noise=noise), range(3, 12)
+    grown = many.grow_at(many.accept(features[:, :-1], ids[:, 1:]), places, shape, noise)
+    for number, place in enumerate(places):
+        peek = SimpleNamespace(peek=lambda count, first=number: noise[first : first + count])
+        one = FSPADCandidateGenerator(draft, Target(llama), noise=peek if coupled else None)
+        one.accept(features[:, : place + 1], ids[:, 1 : place + 2])
+        expected, made = one.grow(ids[:, [place + 1]], shape), grown.tree(number, int(ids[0, place + 1]))
+        for part in ("tokens", "parents", "depths"):
+            assert getattr(made, part).tolist() == getattr(expected, part).tolist(), (place, part)
+        torch.testing.assert_close(made.scores, expected.scores, atol=1e-4, rtol=1e-4)

@@ -7,7 +7,7 @@ import transformers as tf
 
 import fspad_hf
 from fspad_hf.cli import main
-from fspad_hf.training import shards
+from fspad_hf.training import decode_loop, shards
 from fspad_hf.training.data import span_mask
 from fspad_hf.training.decode_loop import SelfplayDecoder, TurnTables
 from fspad_hf.training.exclusion import is_excluded, load_excluded, normalised
@@ -172,6 +172,20 @@ def test_a_graph_writes_what_the_eager_step_writes(name):
     eager, graph = (SelfplayDecoder(model, tables, 6, 160, graph=captured) for captured in (False, True))
     for seed in (0, 1):
         assert torch.equal(graph.rows([0.0, 0.7, 1.0] * 2, seed), eager.rows([0.0, 0.7, 1.0] * 2, seed))
+
+
+def test_a_target_that_cannot_be_captured_is_told_the_way_out(monkeypatch):
+    model, tokenizer = talker()
+    tables = TurnTables(derive_glue(tokenizer), (), (), 64, model.device)
+    decoder = SelfplayDecoder(model, tables, 2, 160, graph=False)
+
+    def refuses(step, device):
+        step()
+        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(decode_loop, "captured", refuses)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM cannot be captured .*capturing\): use graph=False"):
+        decoder._captured()
 
 
 def test_unfit_targets_are_refused():

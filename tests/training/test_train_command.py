@@ -1,13 +1,16 @@
 """`fspad-hf train`: its options and files of them, its plan, what it refuses and what it leaves behind."""
 
+import io
 import json
 import os
+import re
 import signal
 
 import numpy as np
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from rich.console import Console
 
 from fspad_hf import FSPADConfig, FSPADDraftModel
 from fspad_hf.cards import read_provenance
@@ -57,6 +60,21 @@ def test_provenance(command, files, tmp_path, capsys):
     assert told["parameters"] == sum(p.numel() for p in draft.parameters())
     shown = capsys.readouterr().out
     assert shown_steps(shown)[-1][0] == "6" and shown.count("validated at step") == 3
+    assert re.search(r"^step 6/6 .*  [\d,]+ tokens/s  0 s left$", shown, re.MULTILINE)
+    measured = r"tau [\d.]+  tau at T = 1 [\d.]+  first level's best 1, 3, 10:( [\d.]+){3}  accepted by depth:"
+    assert (
+        len(re.findall(rf"^validated at step \d: loss .*  top1 .*  {measured}( [\d.]+)+$", shown, re.MULTILINE)) == 3
+    )
+
+
+def test_the_line_on_a_terminal():
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=True, width=200, color_system=None)
+    with tracking.TrainingDisplay(TrainingConfig("x", steps=4), console) as display:
+        display.since -= 10
+        display({"step": 1, "loss": 1.5, "feature": 1, "logit": 5, "top1": 0.25, "tokens": 1000})
+    line = "1/4 loss 1.5000  feature 1.0000  logit 5.0000  top1 0.2500  100 tokens/s  30 s left"
+    assert line in " ".join(text.getvalue().split(" ")) and "validated" not in text.getvalue()
 
 
 def test_the_best_validated_weights_are_saved_not_the_last(command, tmp_path, monkeypatch):
@@ -104,6 +122,20 @@ def test_an_interrupt_saves_first_and_tells_how_to_go_on(command, tmp_path, monk
     assert shown_steps(capsys.readouterr().out)[4:] == rest
 
 
+def test_an_interrupt_in_the_last_validation_is_not_lost(command, tmp_path, monkeypatch, capsys):
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"loss": 1.0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "validate", interrupted)
+        assert main(command) == 130
+    assert not (tmp_path / "draft" / "model.safetensors").exists()
+    capsys.readouterr()
+    assert main(command) == 0 and not shown_steps(capsys.readouterr().out)  # no step was left to do
+    assert read_provenance(tmp_path / "draft" / "training.json")["best_step"] == 6
+
+
 def test_a_checkpoint_of_another_run_is_refused(command, files, tmp_path, capsys):
     assert main([*command, "--coupling-positions", "0"]) == 0
     said = refused(capsys, [*command, "--coupling-positions", "0", "--learning-rate", "0.01", "--seed", "3"])
@@ -133,6 +165,19 @@ def test_a_full_disk_is_one_line(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoints, "save_file", full)
     assert "checkpoint of step 6 cannot be written" in refused(capsys, command)
     assert not list((tmp_path / "draft" / "checkpoint").iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), checkpoints.SafetensorError("os error 28")])
+def test_a_disk_that_is_full_at_the_end_is_one_line(command, tmp_path, monkeypatch, capsys, error):
+    def full(self, folder, **kwargs):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FSPADDraftModel, "save_pretrained", full)
+        said = refused(capsys, command)
+    assert "draft cannot be written to" in said and "checkpoint of the last step stands" in said
+    assert main(command) == 0  # the trained weights are there still
+    assert not shown_steps(capsys.readouterr().out) and (tmp_path / "draft" / "model.safetensors").exists()
 
 
 def test_bad_options_are_one_line(command, files, tmp_path, capsys, tokenizer):

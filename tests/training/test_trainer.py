@@ -9,6 +9,7 @@ from fspad_hf.training import schedule, trainer
 from fspad_hf.training.config import TrainingConfig
 from fspad_hf.training.data import TrainingRows, load_token_rows, span_mask
 from fspad_hf.training.frozen import TargetFeatures
+from fspad_hf.training.losses import draft_loss
 from fspad_hf.training.trainer import train
 from fspad_hf.training.warm_start import warm_start
 
@@ -129,6 +130,42 @@ def test_bad_input(llama, rows, tmp_path):
     with pytest.raises(FloatingPointError, match="loss is nan at step 1"):
         run(llama, rows, tmp_path, draft=draft)
     assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+def test_a_gradient_that_is_no_number_spoils_no_checkpoint(llama, rows, tmp_path):
+    """The loss of that step is fine, so that only the next one's would tell."""
+    draft, steps = fresh_draft(llama), []
+
+    def spoil(gradient):
+        steps.append(len(steps) + 1)
+        return gradient * float("nan") if len(steps) == 2 else gradient
+
+    draft.feature_sampler.fc.bias.register_hook(spoil)
+    with pytest.raises(FloatingPointError, match="largest gradient is nan at step 2: lower learning_rate"):
+        run(llama, rows, tmp_path, draft=draft, steps=2, micro_rows=4, checkpoint_every=1)
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-00000001.safetensors"]
+    assert all(parameter.isfinite().all() for parameter in draft.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:No tokenizer")
+def test_a_step_is_adamw_of_the_clipped_gradient(llama, rows, tmp_path):
+    """By value, with the run's betas, the loss divided by the masked positions of the whole step."""
+    fields = {"steps": 2, "batch_rows": 12, "micro_rows": 5, "clip_value": 2e-3, "warmup_steps": 1, "noise": 0.0}
+    trained, _ = run(llama, rows, tmp_path, **fields)
+    plain, every = fresh_draft(llama), torch.ones_like(rows, dtype=torch.bool)
+    optimizer = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.95), weight_decay=0.0)
+    features, clipped = TargetFeatures(llama)([], rows), 0
+    for step in range(2):
+        sums = draft_loss(plain, llama.get_input_embeddings(), llama.lm_head, rows, features, every)
+        ((sums.feature + 0.1 * sums.logit) / sums.positions).backward()
+        clipped += sum(int((p.grad.abs() > 2e-3).sum()) for p in plain.parameters())
+        torch.nn.utils.clip_grad_value_(plain.parameters(), 2e-3)
+        optimizer.param_groups[0]["lr"] = schedule.learning_rate_at(step, config(tmp_path, **fields))
+        optimizer.step(), optimizer.zero_grad()
+    assert clipped > 100
+    for a, b in zip(trained.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3)
 
 
 def test_token_rows(tmp_path):

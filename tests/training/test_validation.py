@@ -1,11 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from fspad_hf.training.config import TrainingConfig
 from fspad_hf.training.data import TrainingRows
+from fspad_hf.training.many_trees import ManyTrees
 from fspad_hf.training.validation import HindsightNoise, hindsight_noise, spans, validate
 
-from ..conftest import fresh_draft
+from ..conftest import Oracle, fresh_draft
 
 CONFIG = TrainingConfig("unused", validate_rows=3, validate_tokens=90)
 
@@ -45,8 +48,7 @@ def test_tokens_of_the_noise_go_on_with_fresh_rows():
     p = torch.full((3, 5), 0.2)
     noise = HindsightNoise(p, torch.tensor([4, 0, 2]), more=2, seed=1)
     assert (p / noise.rows[:3]).argmax(-1).tolist() == [4, 0, 2]
-    noise.at = 2
-    assert noise.peek(3).shape == (3, 5) and (noise.peek(3) > 0).all()
+    assert noise.rows.shape == (5, 5) and (noise.rows > 0).all()
 
 
 def test_rounds_are_counted_as_decoding_counts_them(llama, rows):
@@ -64,15 +66,33 @@ def test_rounds_are_counted_as_decoding_counts_them(llama, rows):
     assert found["tau"] == pytest.approx(out.speculation.tau, abs=0.1) and found["tau"] >= 1
 
 
-def test_a_draft_that_knows_the_text_is_accepted_to_the_full_depth(llama, rows, oracle, monkeypatch):
+class OraclesTrees:
+    """Stands in for [`GrownTrees`]."""
+
+    def __init__(self, oracle, places, shape):
+        self.oracle, self.places, self.depth = oracle, places, shape.depth
+
+    def tree(self, number, root):
+        before = SimpleNamespace(cache=SimpleNamespace(length=self.places[number] + 1))
+        return self.oracle.grow(before, torch.tensor(root), self.depth)
+
+
+def test_a_draft_that_knows_the_text_is_accepted_to_the_full_depth(llama, rows, monkeypatch):
     document = rows.ids[0].tolist()
-    oracle(document, 1.0, 64)
+
+    def oracle(accuracy):
+        known = Oracle(document, accuracy, 64)
+        monkeypatch.setattr(
+            ManyTrees, "grow_at", lambda self, read, places, shape, noise: OraclesTrees(known, places, shape)
+        )
+
+    oracle(1.0)
     mask = torch.zeros_like(rows.ids[:1], dtype=torch.bool)
     mask[:, 4:37] = True  # 32 tokens after the first: 8 rounds of 3 accepted and a bonus
     found = validate(small_draft(llama), llama, TrainingRows(rows.ids[:1], mask, None), CONFIG)
     assert found["tau"] == found["coupled_tau"] == 4
     assert [found[f"acceptance_{depth}"] for depth in (1, 2, 3)] == [1, 1, 1]
-    oracle(document, 0.0, 64)
+    oracle(0.0)
     found = validate(small_draft(llama), llama, TrainingRows(rows.ids[:1], mask, None), CONFIG)
     assert found["tau"] == 1 and found["acceptance_1"] == 0 and "acceptance_2" not in found
 
