@@ -20,6 +20,10 @@ class PackedWeight(NamedTuple):
     version: int  # of the weight when it was packed
     packed: torch.Tensor
 
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "PackedWeight":
+        return cls(weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS))
+
 
 class PackedWeights(dict):
     """id(weight) -> [`PackedWeight`] of one model. It lives on the model and is no part of its copies and pickles."""
@@ -34,9 +38,14 @@ class PackedWeights(dict):
 class PrepackedLinears(TorchFunctionMode):
     """Within it, and in its thread alone, `linear` of a packed weight runs on the packed copy."""
 
-    def __init__(self, weights: PackedWeights):
+    def __init__(self, weights: dict[int, PackedWeight]):
         super().__init__()
         self.weights = weights
+
+    def add(self, weight: torch.Tensor):
+        """Packs one weight more, for as long as this context is used."""
+        if _can_pack(weight):
+            self.weights[id(weight)] = PackedWeight.of(weight)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is nn.functional.linear and len(args) >= 2:
@@ -63,18 +72,14 @@ def prepacked(model: nn.Module) -> AbstractContextManager:
             weight = module.weight
             found = known.get(id(weight))
             if found is None or found.version != weight._version or found.weight is not weight:
-                found = PackedWeight(weight, weight._version, pack(weight))
+                found = PackedWeight.of(weight)
             weights[id(weight)] = found
     model.__dict__["_fspad_prepacked"] = weights
-    return PrepackedLinears(weights) if weights else nullcontext()
-
-
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    return PrepackedLinears(dict(weights)) if weights else nullcontext()
 
 
 def _can_pack(weight: torch.Tensor) -> bool:
-    if type(weight) is not nn.Parameter or weight.device.type != "cpu" or weight.is_inference():
+    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.device.type != "cpu" or weight.is_inference():
         return False
     if weight.layout != torch.strided or not weight.is_contiguous():
         return False

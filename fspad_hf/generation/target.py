@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from ..host import CACHE
 from .cache import ArenaCache
-from .prepacked import prepacked
+from .prepacked import PrepackedLinears, prepacked
 from .tree import CandidateTree
 
 HIDDEN_WINDOWS = ("window_size", "attention_window", "local_attention")
@@ -125,8 +125,12 @@ class Target:
             if self._head_rows is None:  # a copy of a few rows, for as long as the call
                 bias = self.head.bias
                 self._head_rows = self.head.weight[ids], None if bias is None else bias[ids]
+                if isinstance(self.kernels, PrepackedLinears):
+                    self.kernels.add(self._head_rows[0])
             # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
-            logits = nn.functional.linear(features.flatten(0, -2), *self._head_rows).unflatten(0, features.shape[:-1])
+            with self.kernels:
+                logits = nn.functional.linear(features.flatten(0, -2), *self._head_rows)
+            logits = logits.unflatten(0, features.shape[:-1])
         else:  # quantised, offloaded or adapted: only the module itself knows how
             logits = self.head(features)[..., ids]
         return self.logit_transform(self.text_config, logits)

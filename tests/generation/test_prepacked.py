@@ -94,3 +94,10 @@ def test_copies_and_pickles_hold_no_packed_weights():
 def test_what_cannot_be_packed_stays():
     layer = torch.nn.Sequential(torch.nn.Linear(8, 16, dtype=torch.float64), torch.nn.Linear(16, 8, device="meta"))
     assert not isinstance(prepacked(layer), PrepackedLinears)
+
+
+def test_the_reduced_head_is_packed_too(llama, prompt, packed_calls):
+    draft = fresh_draft(llama, prepack_linears=True, draft_vocab_size=24)
+    output = llama.generate(prompt, assistant_model=draft, max_new_tokens=12, do_sample=False)
+    assert torch.equal(output, llama.generate(prompt, max_new_tokens=12, do_sample=False))
+    assert any(found.size(0) == 24 for _, found, *_ in packed_calls)
