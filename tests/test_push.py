@@ -6,7 +6,7 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import EvalResult, ModelCard, constants
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard import metadata_load
 
 from fspad_hf import FSPADConfig, FSPADDraftModel, cards, cli, hub, pretrained
@@ -14,7 +14,7 @@ from fspad_hf.weights import fingerprint, weight_files
 
 from . import tiny
 from .conftest import fresh_draft
-from .hub_server import Fault, HubServer
+from .hub_server import Fault
 
 SUMMARY = {"tasks": {"qa": {"tau": 2.0, "speedup": None}, "math": {"tau": 4, "speedup": 1.5}}, "machine": "a CPU"}
 
@@ -30,15 +30,6 @@ def saved(tmp_path_factory, tokenizer):
 @pytest.fixture
 def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / saved.name)
-
-
-@pytest.fixture
-def local_hub(monkeypatch):
-    with HubServer({"hf_alice": "alice", "hf_bob": "bob"}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_alice")
-        yield server
 
 
 @pytest.fixture
