@@ -8,6 +8,7 @@ import shutil
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard import metadata_load
+from transformers.utils import PushToHubMixin
 
 from fspad_hf import FSPADConfig, FSPADDraftModel, cards, cli, hub, pretrained
 from fspad_hf.weights import fingerprint, weight_files
@@ -178,9 +179,22 @@ class TestBeforeTheHubIsAsked:
             FSPADDraftModel.from_pretrained(folder).push_to_hub("alice/x", privat=True)
         options = inspect.signature(hub.push_folder).parameters.keys() - {"folder", "repo_id"}
         assert options == set(pretrained.PUSH_OPTIONS)
+        theirs = inspect.signature(PushToHubMixin.push_to_hub).parameters.keys()
+        ours = inspect.signature(FSPADDraftModel.push_to_hub).parameters.keys()
+        assert theirs <= options | ours
 
 
 class TestPush:
+    def test_settings_go_along(self, folder, local_hub):
+        draft = FSPADDraftModel.from_pretrained(folder)
+        draft.config.tree_depth, draft.config.coupled_drafting = 3, False
+        draft.push_to_hub("alice/x")
+        (folder / "generation_config.json").write_text('{"temperature": 0.6}')
+        hub.push_folder(folder, "alice/y")
+        config = json.loads(local_hub.repos["alice/x"].files()["config.json"])
+        assert (config["tree_depth"], config["coupled_drafting"], config["tree"]) == (3, False, "fixed")
+        assert json.loads(local_hub.repos["alice/y"].files()["generation_config.json"]) == {"temperature": 0.6}
+
     def test_an_existing_card_is_kept_unless_told(self, folder, local_hub, tmp_path):
         results = results_file(tmp_path, {"summary": SUMMARY})
         (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")
