@@ -2,11 +2,14 @@ import random
 
 import pytest
 import torch
+from huggingface_hub import constants, hf_api
+from transformers.utils import hub
 
 from fspad_hf import FSPADCandidateGenerator, FSPADDraftModel
 from fspad_hf.generation.tree import CandidateTree
 
 from . import tiny
+from .hub_server import HubServer
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
@@ -35,6 +38,21 @@ def pair(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "target")
     fresh_draft(model, tree_total_nodes=6, tree_top_k=3).save_pretrained(folder / "draft", tokenizer=tokenizer)
     return {"target": str(folder / "target"), "draft": str(folder / "draft"), "device": "cpu"}
+
+
+@pytest.fixture
+def local_hub(monkeypatch, tmp_path):
+    """A hub that this process knows instead of the real one, with an empty cache; alice is logged in."""
+    with HubServer({"hf_alice": "alice", "hf_bob": "bob"}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.endpoint)  # both keep the endpoint that they began with
+        monkeypatch.setattr(hub, "_hf_api", None, raising=False)
+        template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        yield server
 
 
 @pytest.fixture

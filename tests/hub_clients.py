@@ -8,7 +8,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -23,9 +22,12 @@ IDS = torch.tensor([[5, 9, 20, 33]])
 
 def publish(step, folder: Path) -> None:
     """Everything that alice puts on the Hub; she is logged in through $HF_TOKEN."""
+    from huggingface_hub import HfApi
+
     from fspad_hf import FSPADDraftModel, cli
 
     from . import tiny
+    from .conversion import reference
 
     target, tokenizer = tiny.build("llama"), tiny.tokenizer()
     target.push_to_hub("alice/target")
@@ -75,15 +77,31 @@ def publish(step, folder: Path) -> None:
             code = cli.main(["push", str(folder / "draft"), "--repo-id", "alice/card", *options])
         return code, printed.getvalue()
 
+    @step
+    def custom_generate():
+        assert cli.main(["export-custom-generate", str(folder / "fspad-generate")]) == 0
+        HfApi().create_repo("alice/fspad-generate")
+        HfApi().upload_folder(repo_id="alice/fspad-generate", folder_path=folder / "fspad-generate")
+
+    @step
+    def eagle():
+        weights = reference.weights_of("vicuna", target.get_input_embeddings().weight)
+        for kind in ("safetensors", "bin"):
+            HfApi().create_repo(f"alice/eagle-{kind}")
+            written = reference.write(folder / kind, "vicuna", weights, kind)
+            HfApi().upload_folder(repo_id=f"alice/eagle-{kind}", folder_path=written)
+
 
 def consume(step, folder: Path) -> None:
     """Everything that somebody without an account and with an empty cache does."""
-    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub import HfApi
     from transformers import AutoModelForCausalLM, pipeline
 
     import fspad_hf
-    from fspad_hf import FSPADDraftModel
+    from fspad_hf import FSPADDraftModel, cli
     from fspad_hf.host import note_commit
+
+    from .conversion import reference
 
     def load(name, **kwargs):
         draft = FSPADDraftModel.from_pretrained(name, **kwargs)
@@ -126,15 +144,6 @@ def consume(step, folder: Path) -> None:
         return texts[0] == texts[1]
 
     @step
-    def quick_start():
-        card = Path(hf_hub_download("alice/card", "README.md", token=TOKEN)).read_text()
-        code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1].replace('card"', f'card", token={TOKEN!r}')
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            exec(code, {})
-        return printed.getvalue()
-
-    @step
     def revision():
         _, _, draft = FSPADDraftModel.load_pair("alice/draft", revision="wide")
         return load("alice/draft", revision="wide"), draft.config.tree_depth
@@ -161,6 +170,26 @@ def consume(step, folder: Path) -> None:
         cached = [path.relative_to(folder / "elsewhere") for path in (folder / "elsewhere").glob("*/snapshots/*/*")]
         files = [(path.parts[0].removeprefix("models--"), path.name) for path in cached]
         return _sum(online[2]) == _sum(offline[2]), files
+
+    @step
+    def local_files_only():
+        drafts = {"alice/draft": {}, "alice/many": {"subfolder": "drafts/one"}}
+        return [load(name, local_files_only=True, **where)["sha256"] for name, where in drafts.items()]
+
+    @step
+    def converted():
+        weights = reference.weights_of("vicuna")
+        embeds, features = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(3))
+        expected = reference.forward("vicuna", weights, embeds, features)
+        same = []
+        for kind in ("safetensors", "bin"):
+            options = ["--target", "alice/target", "--output", str(folder / kind), "--allow-pickle", "--strict"]
+            assert cli.main(["convert", f"alice/eagle-{kind}", *options]) == 0
+            target, _, draft = FSPADDraftModel.load_pair(folder / kind)
+            with torch.no_grad():
+                out = draft(inputs_embeds=embeds[None], features=features[None])
+            same.append(torch.allclose(out.features[0], expected[1], atol=1e-4) and generates(target, draft))
+        return same
 
     @step
     def cache_dir_empty():

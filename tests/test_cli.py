@@ -1,10 +1,15 @@
+import importlib
 import runpy
 import sys
 
+import numpy as np
 import pytest
 
 import fspad_hf
-from fspad_hf import cli, demo
+from fspad_hf import FSPADDraftModel, cli, demo
+
+from . import tiny
+from .conftest import fresh_draft
 
 
 def replace_demo(monkeypatch, result):
@@ -77,3 +82,28 @@ def test_python_dash_m(monkeypatch, capsys):
     with pytest.raises(SystemExit) as left:
         runpy.run_module("fspad_hf", run_name="__main__")
     assert left.value.code == 0 and fspad_hf.__version__ in capsys.readouterr().out
+
+
+DRAFT_ALONE = {
+    "demo": "", "chat": "", "explain": "Why? --output rounds.html", "verify": "", "bench": "--output results",
+    "profile": "", "acceptance": "--questions q.jsonl", "calibrate": "--data rows.npy",
+}  # fmt: skip
+
+
+def test_commands_with_a_draft_alone_take_the_target_that_it_names(tmp_path, monkeypatch, tokenizer, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "q.jsonl").write_text('{"category": "qa", "turns": ["Why?"]}')
+    np.save(tmp_path / "rows.npy", np.ones((60, 40), dtype=np.uint16))
+    fresh_draft(tiny.build("llama"), target_name_or_path="alice/target").save_pretrained("d", tokenizer=tokenizer)
+
+    def load_pair(draft, *, target, **kwargs):
+        raise OSError(f"asked for {target} beside {draft}")
+
+    monkeypatch.setattr(FSPADDraftModel, "load_pair", load_pair)
+    monkeypatch.setattr("fspad_hf.evaluation.run.published_questions", lambda: tmp_path / "q.jsonl")
+    for command, rest in DRAFT_ALONE.items():
+        assert cli.main([command, *rest.split(), "--draft", "d", "--device", "cpu"]) == 2
+        assert "error: asked for alice/target beside d\n" in capsys.readouterr().err, command
+    modules = [importlib.import_module(f"fspad_hf.commands.{name.replace('-', '_')}") for name in cli.COMMANDS]
+    takers = {n for n, m in zip(cli.COMMANDS, modules, strict=True) if "add_model_arguments" in vars(m)}
+    assert takers == DRAFT_ALONE.keys()

@@ -1,9 +1,13 @@
-"""The documentation holds: every block of README.md and docs/*.md runs, on tiny models in place of those it names."""
+"""
+The documentation holds: every block of README.md and docs/*.md runs as it stands. The models that it names are tiny
+ones here, in folders of those names or on a hub on the loopback interface.
+"""
 
 import ast
 import dataclasses
 import importlib
 import inspect
+import io
 import json
 import os
 import random
@@ -26,7 +30,7 @@ from fspad_hf.generation import hook
 from . import tiny
 from .conftest import fresh_draft
 from .conversion import reference
-from .training.test_processes import ENVIRONMENT, free_port
+from .training.test_processes import free_port
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -37,14 +41,13 @@ ROOT = Path(__file__).parents[1]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 TARGET, DRAFT = "SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-FSPAD"
+HUB_TARGET, PUSHED = f"HuggingFaceTB/{TARGET}", "user/my-draft"
 SLOW = ("benchmarks", "training")
 CPU_ONLY = "ACCELERATE_USE_CPU=true"
-NOT_RUN = {
-    ("docs/quickstart.md", "fspad-hf chat --temperature 0.7"),
-    ("docs/training.md", "fspad-hf push my-draft --repo-id user/my-draft"),
-}
+TYPED = "Why is the sky blue?\n/reset\nAnd at night?\n/exit\n"
 SMALL = {  # what stands in the documents, or the default, would take minutes
     "demo": {"--max-new-tokens": "5"},
+    "chat": {"--max-new-tokens": "5"},
     "explain": {"--max-new-tokens": "8"},
     "bench": {"--max-new-tokens": "5", "--per-task": "1", "--turns": "1", "--methods": "prompt-lookup fspad"},
     "verify": {"--max-new-tokens": "4", "--seeds": "1", "--prompt": "Why?"},
@@ -60,7 +63,7 @@ FENCE = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n\n?)?```(?P<language>\w*)\n(
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """A fenced block, and what the comment before it says: `not run: ...` or `file: ...`."""
+    """A fenced block, and what the comment before it says: `file: NAME`, for what the reader has to write."""
 
     document: str
     line: int
@@ -70,10 +73,6 @@ class Block:
 
     def __str__(self) -> str:
         return f"{self.document}, line {self.line}"
-
-    @property
-    def is_run(self) -> bool:
-        return not self.mark.startswith("not run: ")
 
 
 def blocks(document: str) -> list[Block]:
@@ -107,12 +106,13 @@ def stock(tmp_path_factory, tokenizer):
     model.save_pretrained(folder / "cache" / TARGET)
     tokenizer.save_pretrained(folder / "cache" / TARGET)
     draft = fresh_draft(model, tree_depth=3, tree_top_k=3, tree_total_nodes=8)
-    draft.config.target_name_or_path = str(folder / "cache" / TARGET)
+    draft.config.target_name_or_path = HUB_TARGET
     draft.save_pretrained(folder / "hub_cards" / DRAFT, tokenizer=tokenizer)
+    eagle = reference.weights_of("vicuna", model.get_input_embeddings().weight)
+    reference.write(folder / "eagle", "vicuna", eagle)
     choose = random.Random(0)
     texts = [f"<u>why {choose.random()}|<a>because {choose.random()}|".ljust(64, "|")[:64] for _ in range(540)]
     rows = np.array([tokenizer.encode(text, add_special_tokens=False)[:40] for text in texts], dtype=np.uint16)
-    reference.write(folder / "checkpoint", "fspad", reference.weights_of("fspad"))
     (folder / "files").mkdir()
     np.save(folder / "files" / "rows.npy", rows)
     categories = ("writing", "translation", "summarization", "qa", "math_reasoning", "rag")
@@ -124,15 +124,8 @@ def stock(tmp_path_factory, tokenizer):
 class Runner:
     """Runs the blocks of one document, one after the other, in one folder and one namespace."""
 
-    def __init__(self, stock: Path, folder: Path, monkeypatch):
-        self.stock, self.folder, self.monkeypatch = stock, folder, monkeypatch
-        self.names = {
-            "path/or/hub-id-of-its-draft": stock / "hub_cards" / DRAFT,
-            "path/or/hub-id": stock / "cache" / TARGET,
-            "path/or/hub-id-of-the-fine-tune": stock / "cache" / TARGET,
-            "path/or/hub-id-of-the-checkpoint": stock / "checkpoint",
-            f"HuggingFaceTB/{TARGET}": stock / "cache" / TARGET,
-        }
+    def __init__(self, stock: Path, folder: Path, monkeypatch, environment: dict[str, str]):
+        self.stock, self.folder, self.monkeypatch, self.environment = stock, folder, monkeypatch, environment
         # What the README's first block takes as given.
         ids = torch.tensor([[1, 17, 5, 40, 9]])
         self.namespace = {"inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids)}}
@@ -141,10 +134,8 @@ class Runner:
     def run(self, block: Block) -> None:
         if block.mark.startswith("file: "):
             (self.folder / block.mark.removeprefix("file: ")).write_text(block.text, encoding="utf-8")
-        if not block.is_run:
-            return
         if block.language == "python":
-            exec(compile(self._localised(block.text), str(block), "exec"), self.namespace)
+            exec(compile(block.text, str(block), "exec"), self.namespace)
         elif block.language == "bash":
             for words in commands(block):
                 self._command(words, block)
@@ -161,8 +152,12 @@ class Runner:
         known[words[0]](words[1:])
 
     def _fspad(self, arguments: list[str]) -> None:
+        if arguments[0] == "chat":
+            self.monkeypatch.setattr(sys, "stdin", io.StringIO(TYPED))
+        assert cli.main(self._shortened(arguments)) == 0, f"fspad-hf {shlex.join(arguments)}"
+
+    def _shortened(self, arguments: list[str]) -> list[str]:
         options = vars(cli._parser().parse_args(arguments))
-        arguments = [self._localised(argument) for argument in arguments]
         for option, value in SMALL.get(arguments[0], {}).items():
             arguments = with_option(arguments, option, value.split())
         if arguments[0] == "bench" and "--prompts" in arguments:
@@ -171,19 +166,17 @@ class Runner:
             arguments = with_option(arguments, "--device", ["cpu"])
         if "row_length" in options:
             arguments = with_option(arguments, "--row-length", ["48"])
-        assert cli.main(arguments) == 0, f"fspad-hf {shlex.join(arguments)}"
+        return arguments
 
     def _launch(self, arguments: list[str]) -> None:
-        """Two processes; but for the port, which other tests may use, as it stands there."""
+        """`accelerate launch`, in processes of its own; in another folder, as the next block may train there too."""
+        start = arguments.index("fspad_hf") + 1
         check_launch(arguments)
-        arguments = [self._localised(argument) for argument in arguments]
-        for option, value in SMALL["train"].items():
-            arguments = with_option(arguments, option, [value])
-        arguments[1:1] = ["--main_process_port", str(free_port())]
-        launched = [sys.executable, "-m", "accelerate.commands.accelerate_cli", *arguments]
-        environment = ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}
-        done = subprocess.run(launched, env=environment, capture_output=True, text=True, timeout=200)
-        assert done.returncode == 0, done.stderr
+        command = with_option(self._shortened(arguments[start:]), "--output", ["draft-of-two"])
+        port = ["--main_process_port", str(free_port())]  # the default one may be taken
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *port, *arguments[1:start]]
+        done = subprocess.run([*launcher, *command], env=self.environment, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-4000:]
 
     def _mkdir(self, arguments: list[str]) -> None:
         (self.folder / arguments[-1]).mkdir(parents="-p" in arguments)
@@ -194,11 +187,10 @@ class Runner:
         self.monkeypatch.chdir(folder)
         for path in (self.stock / "files").iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
-
-    def _localised(self, text: str) -> str:
-        for name in sorted(self.names, key=len, reverse=True):
-            text = text.replace(name, str(self.names[name]))
-        return text
+        models = {"": f"cache/{TARGET}", "-of-the-fine-tune": f"cache/{TARGET}", "-of-its-draft": f"hub_cards/{DRAFT}"}
+        (folder / "path" / "or").mkdir(parents=True)
+        for suffix, place in (models | {"-of-the-checkpoint": "eagle"}).items():
+            (folder / "path" / "or" / f"hub-id{suffix}").symlink_to(self.stock / place)
 
 
 def with_option(arguments: list[str], option: str, values: list[str]) -> list[str]:
@@ -230,7 +222,7 @@ def check_pytest(arguments: list[str]) -> None:
 
 
 def check_launch(arguments: list[str]) -> None:
-    """All that can be said of it without GPUs; what runs on the CPU is launched."""
+    """All that can be done about a launch on GPUs; the one on CPUs is also run."""
     launched = launch_command_parser().parse_args(arguments[1:])
     assert (arguments[0], launched.module, launched.training_script) == ("launch", True, "fspad_hf")
     assert launched.num_processes > 1 and cli._parser().parse_args(launched.training_script_args)
@@ -243,30 +235,35 @@ def check_venv(arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     "document", [pytest.param(d, marks=[pytest.mark.slow] if Path(d).stem in SLOW else []) for d in DOCUMENTS]
 )
-def test_every_block_runs(document, stock, tmp_path, monkeypatch):
+def test_every_block_runs(document, stock, tmp_path, monkeypatch, local_hub):
     monkeypatch.setenv("FSPAD_HF_CACHE", str(stock / "cache"))
     monkeypatch.setattr(demo_target, "files", lambda package: stock / package)
     monkeypatch.setattr(demo_target, "_download", lambda folder: pytest.fail("downloads"))
     fallbacks = []
     monkeypatch.setattr(hook.logger, "warning_once", fallbacks.append)
-    runner = Runner(stock, tmp_path, monkeypatch)
+    local_hub.users["hf_user"] = "user"
+    monkeypatch.setenv("HF_TOKEN", "hf_user")
+    local_hub.create(HUB_TARGET, {path.name: path.read_bytes() for path in (stock / "cache" / TARGET).iterdir()})
+    (tmp_path / "work").mkdir()
+    environment = os.environ | {
+        CPU_ONLY.split("=")[0]: "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+        "HF_ENDPOINT": local_hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "*",
+    }  # fmt: skip
+    runner = Runner(stock, tmp_path / "work", monkeypatch, environment)
     for block in blocks(document):
         runner.run(block)
     assert not fallbacks
+    if any("fspad-hf push" in block.text for block in blocks(document)):
+        assert {"README.md", "config.json", "model.safetensors"} <= local_hub.repos[PUSHED].files().keys()
 
 
-def test_what_is_not_run_is_known_and_says_why():
-    marked = [block for document in DOCUMENTS for block in blocks(document) if block.mark]
-    kinds = {str(block): re.match(r"not run: \S|file: \S", block.mark) for block in marked}
-    assert all(kinds.values()), kinds
-    skipped = {(b.document, b.text.splitlines()[0]) for b in marked if b.mark.startswith("not run")}
-    assert skipped == NOT_RUN
+def test_every_block_is_of_a_kind_that_is_run():
     for document in DOCUMENTS:
         for block in blocks(document):
+            assert not block.mark or block.mark.startswith("file: "), f"{block}: {block.mark!r}"
             assert block.language in ("python", "bash", "json", "text"), f"{block}: {block.language!r}"
             assert block.language != "text" or not re.search(r"^(fspad-hf|import|from) ", block.text, re.M), str(block)
-    for _, line in NOT_RUN:  # what is not run is a command line all the same
-        cli._parser().parse_args(shlex.split(line)[1:])
 
 
 def test_every_command_is_shown():
@@ -339,8 +336,17 @@ def test_support_lists_every_rule_of_the_hook():
 
 def test_the_map_shows_every_module():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("## The map")[1].split("##")[0]
-    parts = [path.name for path in (ROOT / "fspad_hf").iterdir() if path.suffix == ".py" or path.is_dir()]
-    assert len(parts) > 15 and [name for name in parts if name not in text and not name.startswith("__")] == []
+    rows = re.findall(r"^\| (`[^|]+) \|", text, re.M)
+    shown = set()
+    for row in rows:  # of several names the first has the folder
+        first, *others = re.findall(r"`([^`]+)`", row)
+        folder = first.rpartition("/")[0]
+        shown |= {first, *(name if "/" in name else f"{folder}/{name}".lstrip("/") for name in others)}
+    package = ROOT / "fspad_hf"
+    modules = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if path.name[0] != "_"}
+    modules = {name for name in modules if not name.startswith("commands/")}
+    assert len(modules) > 60 and modules == {name for name in shown if name.endswith(".py")}
+    assert all((ROOT / name).exists() for name in shown - modules if name != "commands/") and "commands/" in shown
 
 
 def test_versions_are_those_of_the_project():

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,11 +64,11 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def interrupted(hub, published, home):
-    """The exit status of a process that dies in the middle of the weights."""
+    """The exit status of a process that is killed in the middle of the weights."""
     code = (
         f"import os, time; from huggingface_hub import constants, hf_hub_download\n"
         f"constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}\n"
-        f"time.sleep = lambda seconds: os._exit(7)  # where the client would wait and try again\n"
+        f"time.sleep = lambda seconds: os.kill(os.getpid(), 9)  # where the client would wait and try again\n"
         f"hf_hub_download('alice/draft', {WEIGHTS!r})"
     )
     hub.faults.append(Fault(f"GET /alice/draft/resolve/.*/{WEIGHTS}", drop=10 * CHUNK + 1))
@@ -182,7 +184,32 @@ class TestLoad:
         assert consumed["pair"] == ["alice/target", "rs", True]
         assert consumed["pipelines"] is True
         assert consumed["commits"] == [hub.repos["alice/target"].refs["main"], None]
-        assert "SpeculationRecord(accepted_lengths=[" in consumed["quick_start"]
+
+    @pytest.mark.parametrize(
+        ("repo", "branch", "token"), [("alice/draft", "main", {}), ("alice/saved", "dev", {"HF_TOKEN": "hf_alice"})]
+    )
+    def test_the_quick_start_runs_as_pasted(self, hub, published, tmp_path, repo, branch, token):
+        card = hub.repos[repo].files(branch)["README.md"].decode()
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        done = client(hub, tmp_path, "-c", code, **token)
+        assert done.returncode == 0 and "SpeculationRecord(accepted_lengths=[" in done.stdout, done.stderr[-4000:]
+
+    def test_custom_generate_runs_as_its_card_says(self, hub, published, tmp_path):
+        card = hub.repos["alice/fspad-generate"].files()["README.md"].decode()
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+        for shown, name in (
+            ("user/this-repository", "alice/fspad-generate"),
+            ("path/or/hub-id-of-its-draft", "alice/draft"),
+            ("path/or/hub-id", "alice/target"),
+        ):
+            code = code.replace(shown, name)
+        code += "assert output.tolist() == model.generate(**inputs, max_new_tokens=64).tolist()\n"
+        done = client(hub, tmp_path, "-c", code)
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert hub.seen("GET /alice/fspad-generate/resolve/.*/custom_generate/generate.py")
+
+    def test_a_checkpoint_is_converted_from_the_hub(self, consumed):
+        assert consumed["converted"] == [True, True]
 
     def test_revision_subfolder_and_cache_dir(self, published, consumed):
         loaded, depth = consumed["revision"]
@@ -193,6 +220,7 @@ class TestLoad:
         files = {("alice--draft", WEIGHTS), ("alice--target", WEIGHTS), ("alice--target", "tokenizer.json")}
         assert same and files <= {tuple(file) for file in cached}
         assert failed(consumed["cache_dir_empty"], "OSError", "offline mode")
+        assert consumed["local_files_only"] == [published["first"]["sha256"]] * 2
         assert consumed["sharded"]["sha256"] == published["shards_replace_a_whole_file"]
 
     def test_a_private_draft_needs_the_token(self, published, consumed):
@@ -201,10 +229,19 @@ class TestLoad:
         assert loaded["sha256"] == published["first"]["sha256"] and exact
 
     def test_a_cut_connection_goes_on_where_it_stood(self, hub, interrupted, consumed):
-        assert interrupted == 7  # and the next process loaded whole weights all the same, see above
         asked = [ranged for _, ranged in hub.seen(f"GET /alice/cut/resolve/.*/{WEIGHTS}")]
         assert asked == [None, f"bytes={10 * CHUNK}-"]
         assert consumed["cut_connection"] == consumed["after_a_killed_download"]
+
+    def test_a_killed_download_is_never_taken_for_the_file(self, hub, home, published, interrupted, consumed):
+        assert interrupted == -signal.SIGKILL
+        partial = [path.stat().st_size for path in (home / "home").rglob("*.incomplete")]
+        # huggingface_hub names it anew each time, so no later process goes on there: it asks for the whole file
+        assert len(partial) == 1 and 0 < partial[0] <= 10 * CHUNK
+        revision = f"(main|{hub.repos['alice/draft'].refs['main']})"
+        asked = [ranged for _, ranged in hub.seen(f"GET /alice/draft/resolve/{revision}/{WEIGHTS}")]
+        assert asked[:2] == [None, None]
+        assert consumed["after_a_killed_download"]["sha256"] == published["first"]["sha256"]
 
     @pytest.mark.parametrize(
         ("step", "kind"),

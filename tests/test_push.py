@@ -6,15 +6,16 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import EvalResult, ModelCard, constants
+from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard import metadata_load
+from transformers.utils import PushToHubMixin
 
 from fspad_hf import FSPADConfig, FSPADDraftModel, cards, cli, hub, pretrained
 from fspad_hf.weights import fingerprint, weight_files
 
 from . import tiny
 from .conftest import fresh_draft
-from .hub_server import Fault, HubServer
+from .hub_server import Fault
 
 SUMMARY = {"tasks": {"qa": {"tau": 2.0, "speedup": None}, "math": {"tau": 4, "speedup": 1.5}}, "machine": "a CPU"}
 
@@ -30,15 +31,6 @@ def saved(tmp_path_factory, tokenizer):
 @pytest.fixture
 def folder(saved, tmp_path):
     return shutil.copytree(saved, tmp_path / saved.name)
-
-
-@pytest.fixture
-def local_hub(monkeypatch):
-    with HubServer({"hf_alice": "alice", "hf_bob": "bob"}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_TOKEN", "hf_alice")
-        yield server
 
 
 @pytest.fixture
@@ -187,9 +179,22 @@ class TestBeforeTheHubIsAsked:
             FSPADDraftModel.from_pretrained(folder).push_to_hub("alice/x", privat=True)
         options = inspect.signature(hub.push_folder).parameters.keys() - {"folder", "repo_id"}
         assert options == set(pretrained.PUSH_OPTIONS)
+        theirs = inspect.signature(PushToHubMixin.push_to_hub).parameters.keys()
+        ours = inspect.signature(FSPADDraftModel.push_to_hub).parameters.keys()
+        assert theirs <= options | ours
 
 
 class TestPush:
+    def test_settings_go_along(self, folder, local_hub):
+        draft = FSPADDraftModel.from_pretrained(folder)
+        draft.config.tree_depth, draft.config.coupled_drafting = 3, False
+        draft.push_to_hub("alice/x")
+        (folder / "generation_config.json").write_text('{"temperature": 0.6}')
+        hub.push_folder(folder, "alice/y")
+        config = json.loads(local_hub.repos["alice/x"].files()["config.json"])
+        assert (config["tree_depth"], config["coupled_drafting"], config["tree"]) == (3, False, "fixed")
+        assert json.loads(local_hub.repos["alice/y"].files()["generation_config.json"]) == {"temperature": 0.6}
+
     def test_an_existing_card_is_kept_unless_told(self, folder, local_hub, tmp_path):
         results = results_file(tmp_path, {"summary": SUMMARY})
         (folder / "README.md").write_text("---\nlicense: mit\n---\nmine")

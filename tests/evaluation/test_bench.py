@@ -6,9 +6,11 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import CompileConfig
 
-from fspad_hf.cards import read_results
+from fspad_hf import FSPADConfig
+from fspad_hf.cards import make_card, read_results
 from fspad_hf.cli import main
 from fspad_hf.evaluation import bench, peers
 from fspad_hf.evaluation.peers import Method
@@ -83,6 +85,13 @@ def test_the_report_and_its_plots(run, models):
         t: f["tau"]["value"] for t, f in taus.items()
     }
     assert card.settings["mode"] == "T = 0" and set(card.measured) == {"tau", "speedup"}
+    config = FSPADConfig.from_pretrained(models / "draft")
+    made = make_card(models / "draft", "alice/x", config, "alice/target", card)
+    made.save(folder / "README.md")
+    read = ModelCard.load(folder / "README.md")
+    assert read.data.to_dict() == made.data.to_dict()
+    shown = {(r.dataset_config, r.metric_type): r.metric_value for r in read.data.eval_results}
+    assert shown == {(t, m): f[m]["value"] for t, f in taus.items() for m in ("tau", "speedup")}
     assert not list(folder.glob(".*"))
 
 
