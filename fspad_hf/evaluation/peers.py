@@ -16,6 +16,7 @@ MODES: dict[str, dict[str, Any]] = {
     "sampled": {"num_beams": 1, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
 }
 PROMPT_LOOKUP_TOKENS = 10
+METHOD_NAMES = ("plain", "static+compile", "prompt lookup", "assisted")  # those of drafts must be others
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Answer:
         sequences (`[1, prompt + new]`): on the CPU.
         seconds: of the whole call, prefill included; prefill_seconds: until the first token was out.
         accepted_lengths: tokens of each forward after the prefill; one each in plain decoding.
+        speculated: whether a draft of ours was used; `None` of a method without one.
     """
 
     sequences: torch.LongTensor
     seconds: float
     prefill_seconds: float
     accepted_lengths: list[int]
+    speculated: bool | None = None
 
 
 class RoundTimer(BaseStreamer):
@@ -78,7 +81,9 @@ class Method:
         end = time.perf_counter()
         record = getattr(output, "speculation", None)
         accepted = record.accepted_lengths if record is not None else timer.puts[2:]
-        return Answer(output.sequences.cpu(), end - start, (timer.first or end) - start, accepted)
+        ours = isinstance(self.arguments.get("assistant_model"), FSPADDraftModel)
+        speculated = record is not None if ours else None
+        return Answer(output.sequences.cpu(), end - start, (timer.first or end) - start, accepted, speculated)
 
     def call_arguments(self) -> dict[str, Any]:
         return self.arguments

@@ -71,7 +71,12 @@ def test_the_report_and_its_plots(run, models):
     folder = run("--methods", "prompt-lookup", "fspad")
     text = (folder / "report.md").read_text()
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(plots) == 10 and "| T = 1 | FSPAD |" in text and "Machine: device" in text
+    assert (
+        len(plots) == 10
+        and "| T = 1 | FSPAD |" in text
+        and "| Seconds in all | prefill |" in text
+        and "Machine: device" in text
+    )
     for plot in plots:
         root = ElementTree.parse(folder / plot).getroot()
         assert root.tag.endswith("svg") and "#ffffff" not in (folder / plot).read_text()  # no white card on black
