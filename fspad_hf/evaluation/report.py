@@ -30,8 +30,9 @@ def results_table(summary: dict, title: str = "") -> Table:
             lossless = result["lossless"]
             same = f"{lossless['same']}/{lossless['compared']}" if lossless["compared"] else "-"
             style = "bold red" if lossless["same"] < lossless["compared"] else ""
-            cells = _cells(result["mean"]) if result["mean"] else (_short(result["errors"]), "", "", "")
-            table.add_row(MODE_TITLES[mode] if i == 0 else "", Text(name), *cells, Text(same, style))
+            cells = _cells(result["mean"]) if result["mean"] else ("failed", "", "", "")
+            why = "" if result["mean"] else f"\n{_short(result['errors'])}"
+            table.add_row(MODE_TITLES[mode] if i == 0 else "", Text(name + why), *cells, Text(same, style))
         table.add_section()
     return table
 
@@ -61,7 +62,7 @@ def headline(results: dict) -> list[str]:
         for name, result in methods.items():
             lossless = result["lossless"]
             same = f"{lossless['same']}/{lossless['compared']}" if lossless["compared"] else "-"
-            speed, speedup, spread, tau = _cells(result["mean"]) if result["mean"] else ("failed", "", "", "")
+            speed, speedup, spread, tau = _cells(result["mean"]) if result["mean"] else (_failed(result), "", "", "")
             spread = f" ({spread})" if spread not in ("", "-") else ""
             lines.append(f"| {MODE_TITLES[mode]} | {name} | {speed} | {speedup}{spread} | {tau} | {same} |")
     return lines
@@ -147,6 +148,10 @@ def _cells(figures: dict) -> tuple[str, str, str, str]:
 
 def _value(figure: dict | None, digits: int = 2) -> str:
     return "-" if figure is None or figure["value"] is None else f"{figure['value']:.{digits}f}"
+
+
+def _failed(result: dict) -> str:
+    return "failed: " + next(iter(result["errors"]), "no result").replace("|", "\\|")
 
 
 def _short(errors: dict[str, int]) -> str:

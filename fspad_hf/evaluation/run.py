@@ -87,7 +87,7 @@ def run_bench(
             f"The target {models.target_name!r} has no chat template: pass --raw-prompts to ask without one."
         )
     chosen = [*methods, *(["assistant"] if assistant and "assistant" not in methods else [])]
-    helper = load_assistant(assistant, models.target) if assistant else None
+    helper = load_assistant(assistant, models.target, models.tokenizer) if assistant else None
     ways = make_methods(chosen, loaded, helper)
     config = BenchConfig(
         target=models.target_name, drafts={name: path or models.draft_name for name, path in named.items()},
@@ -122,6 +122,11 @@ def _ask_all(asked: list[Question], models: Models, ways, config: BenchConfig, f
     bar = progress.add_task("questions", total=len(asked), completed=len(asked) - len(left))
     running: list[dict] = []
     shown = 0.0
+    bench = Bench(models.target, models.tokenizer, ways, config)
+    with quiet_transformers(), status("Warming up"):  # before the live table: two displays would hide each other
+        bench.prepare(asked)
+    for name, why in bench.broken.items():
+        console.print(f"{name} does not run here: {why}", style="yellow", highlight=False, markup=False)
     with quiet_transformers(), Live(progress, console=console, auto_refresh=False, transient=True) as live:
 
         def show(record: dict | None = None):
@@ -133,11 +138,7 @@ def _ask_all(asked: list[Question], models: Models, ways, config: BenchConfig, f
                 known = file.records + running
                 live.update(Group(results_table(summarise(known, resamples=20)), progress), refresh=True)
 
-        bench = Bench(models.target, models.tokenizer, ways, config, show)
-        with status("Warming up"):
-            bench.prepare(asked)
-        for name, why in bench.broken.items():
-            console.print(f"{name} does not run here: {why}", style="yellow", highlight=False, markup=False)
+        bench.report = show
         for order, question in left:  # in the order of an uninterrupted run, in which methods take turns too
             records = bench.ask(question, order)
             running.clear()
