@@ -156,7 +156,7 @@ def _describe(prompt: str, mode: str, found: Divergence) -> str:
     where = f"{_short(prompt)!r}, {mode}: the first difference is at new token {found.index}"
     if found.gap is None:
         return where
-    what = "top-1 less top-2 logit" if mode == "greedy" else "difference in log p - log E"
+    what = "difference in logits" if mode == "greedy" else "difference in log p - log E"
     return f"{where}, {what} {found.gap:.3g} (FSPAD's token is the target's choice no. {found.other_rank + 1})"
 
 

@@ -10,7 +10,7 @@ from .modeling_fspad import FSPADDraftModel
 from .pretrained import draft_config, named_target
 from .runtime import quiet_transformers, resolve_device, resolve_dtype, status
 
-CPU_TREE = {"tree_depth": 3, "tree_top_k": 3, "tree_total_nodes": 8}  # a CPU pays for every row it verifies
+CPU_TREE = {"tree_depth": 2, "tree_top_k": 3, "tree_total_nodes": 5}  # a CPU pays for every row it verifies
 
 
 @dataclass(frozen=True)

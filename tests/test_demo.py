@@ -163,7 +163,7 @@ def test_greedy_divergence(llama, prompt):
         other[0, prompt.shape[1] + 3] = token
         found = first_divergence(llama, {"input_ids": prompt}, plain, other, eos_token_id=None)
         assert (found.index, found.plain_token, found.other_token, found.other_rank) == (3, best, token, rank)
-        assert found.gap == pytest.approx(float(logits[best] - logits[second]), abs=1e-4)
+        assert found.gap == pytest.approx(float(logits[best] - logits[token]), abs=1e-4)
 
 
 @pytest.mark.parametrize("index", [0, 5])
@@ -180,6 +180,15 @@ def test_sampled_divergence_finds_the_noise_of_the_draw(llama, prompt, index):
     found = first_divergence(llama, {"input_ids": prompt}, plain, other, seed=9, **options)
     assert (found.index, found.plain_token, found.other_token, found.other_rank) == (index, first, second, 1)
     assert found.gap == pytest.approx(float(race[first] - race[second]), abs=1e-3)
+
+
+def test_a_token_that_the_processors_rule_out_is_no_near_tie(llama, prompt):
+    options = {"do_sample": True, "top_k": 1, "eos_token_id": None}
+    plain = generated(llama, prompt, do_sample=True, top_k=1)
+    other = plain.clone()
+    other[0, -1] = (other[0, -1] + 1) % 64
+    found = first_divergence(llama, {"input_ids": prompt}, plain, other, **options)
+    assert found.gap is None and not found.is_near_tie("sampled") and json.dumps(vars(found), allow_nan=False)
 
 
 def test_divergence_where_a_run_has_ended(llama, prompt):

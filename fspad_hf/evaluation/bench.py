@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from ..loading import encode_chat
-from ..runtime import changed_settings, write_json
+from ..runtime import changed_settings, write_file, write_json
 from .divergence import first_divergence
 from .peers import MODES, Answer, Method
 from .spec_bench import Question
@@ -26,6 +26,7 @@ class BenchConfig:
     drafts: dict[str, str]
     assistant: str | None = None
     source: str = "spec-bench"
+    asked: str = ""  # digest of the questions
     tasks: tuple[str, ...] = ()
     per_task: int | None = None
     turns: int | None = None
@@ -80,7 +81,7 @@ class RecordFile:
                 whole.append(line)
                 self.records += json.loads(line)
         if self.path.is_file():
-            self.path.write_bytes(b"".join(whole))
+            write_file(self.path, b"".join(whole))
 
 
 class Bench:
@@ -147,10 +148,11 @@ class Bench:
             failed = isinstance(result, str)
             record = {
                 "prompt_tokens": prompt,
-                "new_tokens": 0 if failed else result.sequences.shape[1] - prompt,
+                "new_tokens": 0 if failed else self._count(result.sequences[0, prompt:]),
                 "seconds": 0.0 if failed else result.seconds,
                 "prefill_seconds": 0.0 if failed else result.prefill_seconds,
                 "accepted_lengths": [] if failed else result.accepted_lengths,
+                "speculated": None if failed else result.speculated,
                 "identical": None,
                 "divergence": None,
                 "error": result if failed else None,
@@ -165,16 +167,26 @@ class Bench:
         try:
             return method.answer(self.target, inputs, mode, self.config.max_new_tokens, self.config.seed)
         except Exception as error:  # out of memory on one prompt, say: it is recorded, and the run goes on
-            if self.target.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return reason(error)
+            failure = reason(error)
+        if self.target.device.type == "cuda":  # now that the traceback no longer holds its tensors
+            torch.cuda.empty_cache()
+        return failure
 
     def _compare(self, method: Method, inputs: dict, mode: str, plain: Answer, result: Answer) -> dict:
         if mode not in method.lossless:
             return {}
         sequences = (plain.sequences, result.sequences)
-        found = first_divergence(self.target, inputs, *sequences, seed=self.config.seed, **MODES[mode])
+        try:
+            found = first_divergence(self.target, inputs, *sequences, seed=self.config.seed, **MODES[mode])
+        except Exception as error:  # they differ, and plain generate could not be run again to see by how much
+            return {"identical": False, "divergence": {"error": reason(error)}}
         return {"identical": found is None, "divergence": None if found is None else asdict(found)}
+
+    def _count(self, tokens: torch.LongTensor) -> int:
+        """Up to the first EOS, itself counted, whatever a method puts after it."""
+        eos = self.target.generation_config.eos_token_id
+        ends = torch.isin(tokens, torch.tensor(eos if isinstance(eos, list) else [eos])) if eos is not None else None
+        return int(ends.int().argmax()) + 1 if ends is not None and ends.any() else len(tokens)
 
     def _encode(self, messages: list[dict[str, str]]) -> dict[str, torch.Tensor]:
         if self.config.raw_prompts:

@@ -3,11 +3,16 @@
 Legend: p the target's processed distribution, E a draw's row of Exp(1) noise; the draw is argmax(log p - log E).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+
+# In half precision a forward of many rows rounds otherwise than one of a single row, so near ties may fall either way.
+# Gaps seen there: greedy one unit in the last place of a logit, sampled up to 0.5 in log p - log E.
+HALF_GAPS = {"greedy": 0.25, "sampled": 1.0}
 
 
 @dataclass(frozen=True)
@@ -16,8 +21,9 @@ class Divergence:
     Args:
         index: of the first token that differs, counted from 0 at the end of the prompt.
         plain_token, other_token: what stands there; `None` where a sequence has ended.
-        gap: greedy, the top-1 less the top-2 logit after the processors; sampled, the two tokens' difference in
-            log p - log E. `None` if a sequence has ended, or the device's noise cannot be redrawn.
+        gap: by how much the target prefers plain's token: greedy in logits after the processors, sampled in
+            log p - log E. `None` if a sequence has ended, the processors rule the other token out, or the device's
+            noise cannot be redrawn.
         other_rank: how many tokens the target prefers to `other_token`: 1 for the runner-up, as in a near tie.
     """
 
@@ -26,6 +32,10 @@ class Divergence:
     other_token: int | None
     gap: float | None
     other_rank: int | None
+
+    def is_near_tie(self, mode: str) -> bool:
+        """Whether rounding in half precision explains it; `mode` is "greedy" or "sampled"."""
+        return self.gap is not None and abs(self.gap) <= HALF_GAPS[mode]
 
 
 @torch.no_grad()
@@ -60,14 +70,17 @@ def first_divergence(
         return Divergence(index, *ended, gap=None, other_rank=None)
     scores = _scores(model, inputs, index, seed, generate_kwargs)
     if not generate_kwargs.get("do_sample"):
-        top = scores.topk(2).values
-        return Divergence(index, ours[index], theirs[index], float(top[0] - top[1]), _rank(scores, theirs[index]))
+        return _held(scores, index, ours[index], theirs[index])
     if inputs["input_ids"].device.type not in ("cpu", "cuda"):  # elsewhere multinomial may be another algorithm
         return Divergence(index, ours[index], theirs[index], gap=None, other_rank=None)
     noise = _noise(model, inputs, index, len(scores), seed, generate_kwargs)
     race = torch.log_softmax(scores, dim=-1) - noise.log()
-    gap = float(race[ours[index]] - race[theirs[index]])
-    return Divergence(index, ours[index], theirs[index], gap, _rank(race, theirs[index]))
+    return _held(race, index, ours[index], theirs[index])
+
+
+def _held(preference: torch.Tensor, index: int, plain: int, other: int) -> Divergence:
+    gap = float(preference[plain] - preference[other])
+    return Divergence(index, plain, other, gap if math.isfinite(gap) else None, _rank(preference, other))
 
 
 def _scores(model: PreTrainedModel, inputs: Mapping, index: int, seed: int, generate_kwargs: dict) -> torch.Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, PreTrainedModel, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from ..host import CACHE
@@ -16,6 +16,7 @@ MODES: dict[str, dict[str, Any]] = {
     "sampled": {"num_beams": 1, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0},
 }
 PROMPT_LOOKUP_TOKENS = 10
+METHOD_NAMES = ("plain", "static+compile", "prompt lookup", "assisted")  # those of drafts must be others
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Answer:
         sequences (`[1, prompt + new]`): on the CPU.
         seconds: of the whole call, prefill included; prefill_seconds: until the first token was out.
         accepted_lengths: tokens of each forward after the prefill; one each in plain decoding.
+        speculated: whether a draft of ours was used; `None` of a method without one.
     """
 
     sequences: torch.LongTensor
     seconds: float
     prefill_seconds: float
     accepted_lengths: list[int]
+    speculated: bool | None = None
 
 
 class RoundTimer(BaseStreamer):
@@ -78,7 +81,9 @@ class Method:
         end = time.perf_counter()
         record = getattr(output, "speculation", None)
         accepted = record.accepted_lengths if record is not None else timer.puts[2:]
-        return Answer(output.sequences.cpu(), end - start, (timer.first or end) - start, accepted)
+        ours = isinstance(self.arguments.get("assistant_model"), FSPADDraftModel)
+        speculated = record is not None if ours else None
+        return Answer(output.sequences.cpu(), end - start, (timer.first or end) - start, accepted, speculated)
 
     def call_arguments(self) -> dict[str, Any]:
         return self.arguments
@@ -103,7 +108,7 @@ class CompiledMethod(Method):
 
 
 def make_methods(
-    names: list[str], drafts: dict[str, FSPADDraftModel], assistant: PreTrainedModel | None
+    names: list[str], drafts: dict[str, FSPADDraftModel], assistant: dict[str, Any] | None
 ) -> list[Method]:
     """
     The methods of a run, plain first.
@@ -111,7 +116,7 @@ def make_methods(
     Args:
         names: any of `plain`, `compile`, `prompt-lookup`, `assistant`, `fspad`.
         drafts: by the name that tables show; each is a method of its own.
-        assistant: a smaller model for stock assisted generation.
+        assistant: what [`load_assistant`] gives.
 
     Raises:
         ValueError: an unknown name, or `assistant` without a model.
@@ -128,15 +133,22 @@ def make_methods(
     if "prompt-lookup" in names:  # sampled, it keeps the distribution but not the draws
         made.append(Method("prompt lookup", {"prompt_lookup_num_tokens": PROMPT_LOOKUP_TOKENS}, ("greedy",)))
     if "assistant" in names:
-        made.append(Method("assisted", {"assistant_model": assistant}, ("greedy",)))
+        made.append(Method("assisted", assistant, ("greedy",)))
     if "fspad" in names:
         made += [Method(name, {"assistant_model": draft}) for name, draft in drafts.items()]
     return made
 
 
-def load_assistant(name: str, target: PreTrainedModel) -> PreTrainedModel:
-    """A model for stock assisted generation, in the target's dtype and on its device."""
-    return AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype).to(target.device).eval()
+def load_assistant(name: str, target: PreTrainedModel, tokenizer) -> dict[str, Any]:
+    """
+    The arguments of stock assisted generation: a model in the target's dtype and on its device, and, if its
+    vocabulary is another, both tokenizers.
+    """
+    made = AutoModelForCausalLM.from_pretrained(name, dtype=target.dtype).to(target.device).eval()
+    if made.config.get_text_config().vocab_size == target.config.get_text_config().vocab_size:  # the host's own rule
+        return {"assistant_model": made}
+    theirs = AutoTokenizer.from_pretrained(name)
+    return {"assistant_model": made, "tokenizer": tokenizer, "assistant_tokenizer": theirs}
 
 
 def _synchronize(device: torch.device) -> None:

@@ -30,8 +30,9 @@ def results_table(summary: dict, title: str = "") -> Table:
             lossless = result["lossless"]
             same = f"{lossless['same']}/{lossless['compared']}" if lossless["compared"] else "-"
             style = "bold red" if lossless["same"] < lossless["compared"] else ""
-            cells = _cells(result["mean"]) if result["mean"] else (_short(result["errors"]), "", "", "")
-            table.add_row(MODE_TITLES[mode] if i == 0 else "", Text(name), *cells, Text(same, style))
+            cells = _cells(result["mean"]) if result["mean"] else ("failed", "", "", "")
+            why = "" if result["mean"] else f"\n{_short(result['errors'])}"
+            table.add_row(MODE_TITLES[mode] if i == 0 else "", Text(name + why), *cells, Text(same, style))
         table.add_section()
     return table
 
@@ -48,6 +49,7 @@ def write_report(folder: Path, results: dict) -> None:
         for name, draw in _PLOTS.items():
             figure = draw(figures[mode])
             if figure is not None:
+                figure.suptitle(f"{TITLES[name]}, {MODE_TITLES[mode]}", color=INK, fontsize=11, y=1.08)
                 plots[mode, name] = f"{name}-{mode}.svg"
                 save_svg(figure, folder / plots[mode, name], f"{name} {MODE_TITLES[mode]}")
     write_file(folder / "report.md", "\n".join(_markdown(results, plots)) + "\n")
@@ -60,7 +62,7 @@ def headline(results: dict) -> list[str]:
         for name, result in methods.items():
             lossless = result["lossless"]
             same = f"{lossless['same']}/{lossless['compared']}" if lossless["compared"] else "-"
-            speed, speedup, spread, tau = _cells(result["mean"]) if result["mean"] else ("failed", "", "", "")
+            speed, speedup, spread, tau = _cells(result["mean"]) if result["mean"] else (_failed(result), "", "", "")
             spread = f" ({spread})" if spread not in ("", "-") else ""
             lines.append(f"| {MODE_TITLES[mode]} | {name} | {speed} | {speedup}{spread} | {tau} | {same} |")
     return lines
@@ -74,26 +76,50 @@ def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
         "after the prefill. Figures of a task are sums over its prompts, the table's are means over the tasks; "
         "intervals by bootstrap over prompts. T = 1 is temperature 1, top_k 0, top_p 1. Methods are interleaved "
         f"prompt by prompt. {results['questions']} questions of {config['source']}, {config['max_new_tokens']} new "
-        f"tokens a turn, seed {config['seed']}, {config['dtype']}.",
+        f"tokens a turn, seed {config['seed']}, {config['dtype']}. The prefill's time ends with the first tokens out; "
+        "of prompt lookup and stock assistance these are a first round's.",
         "",
         "Machine: " + ", ".join(f"{name} {value}" for name, value in machine.items()) + ".",
         "",
     ]
-    lines += [f"Trees (depth, top-k, nodes): {config['trees']}.", "", "```bash", results["command"], "```", ""]
+    trees = "; ".join(f"{name} {', '.join(map(str, tree))}" for name, tree in config["trees"].items())
+    lines += [f"Trees (depth, top-k, nodes): {trees}.", "", "```bash", results["command"], "```", ""]
     for mode, methods in figures.items():
         lines += [f"## {MODE_TITLES[mode]}", ""]
         for what, title in (("speedup", "Speed-up"), ("tau", "tau")):
             lines += task_table(methods, what, title)
+        lines += _time_table(methods)
         lines += [f"![{name}]({path})" for (at, name), path in plots.items() if at == mode] + [""]
         failures = [(name, why) for name, result in methods.items() for why in result["errors"].items()]
         lines += [f"- {name} failed on {count} prompts: {why}" for name, (why, count) in failures]
-        lines += [
-            f"- {name}: question {d['question']}, turn {d['turn']}: {d['divergence']}"
-            for name, result in methods.items()
-            for d in result["lossless"]["first_differences"]
-        ]
-        lines.append("")
+        lines += ["", *_differences(methods, mode), ""]
     return lines
+
+
+def _time_table(methods: dict) -> list[str]:
+    lines = ["| Seconds in all | prefill | decoding | prefill's share |", "|---|---|---|---|"]
+    for name, result in methods.items():
+        prefill, decode = result["seconds"]["prefill"], result["seconds"]["decode"]
+        if result["mean"]:
+            lines.append(f"| {name} | {prefill:.1f} | {decode:.1f} | {prefill / (prefill + decode):.0%} |")
+    return [*lines, ""]
+
+
+def _differences(methods: dict, mode: str) -> list[str]:
+    """Where answers part from plain generate's, folded away: in half precision there may be hundreds."""
+    gap_of = "logits" if mode == "greedy" else "log p - log E"
+    rows = []
+    for name, result in methods.items():
+        for found in result["lossless"]["first_differences"]:
+            d = found["divergence"]
+            gap = d.get("error") or ("-" if d["gap"] is None else f"{d['gap']:.3g}")
+            cells = [name, found["question"], found["turn"] + 1, d.get("index", "-"), gap]
+            rows.append("| " + " | ".join(map(str, cells)) + " |")
+    if not rows:
+        return []
+    head = ["<details>", f"<summary>First differences from plain generate ({len(rows)} answers)</summary>", ""]
+    head += [f"| method | question | turn | at new token | gap in {gap_of} |", "|---|---|---|---|---|"]
+    return [*head, *rows, "", "</details>"]
 
 
 def task_table(methods: dict, what: str, title: str, show: Callable[[dict | None], str] | None = None) -> list[str]:
@@ -122,6 +148,10 @@ def _cells(figures: dict) -> tuple[str, str, str, str]:
 
 def _value(figure: dict | None, digits: int = 2) -> str:
     return "-" if figure is None or figure["value"] is None else f"{figure['value']:.{digits}f}"
+
+
+def _failed(result: dict) -> str:
+    return "failed: " + next(iter(result["errors"]), "no result").replace("|", "\\|")
 
 
 def _short(errors: dict[str, int]) -> str:
@@ -241,6 +271,10 @@ def _time_split(methods: dict):
     return figure
 
 
+TITLES = {
+    "speedup": "Speed-up over plain generate", "tau": "tau", "accepted-lengths": "Tokens a round",
+    "acceptance-by-depth": "Acceptance by depth", "time": "Where the time went",
+}  # fmt: skip
 _PLOTS = {
     "speedup": lambda methods: grouped_bars(methods, "speedup", "speed-up over plain", 1.0, skip=("plain",)),
     "tau": lambda methods: grouped_bars(methods, "tau", "tau", None, skip=methods.keys() - _speculative(methods)),

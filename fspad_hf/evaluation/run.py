@@ -1,7 +1,10 @@
 """`fspad-hf bench` from its command line to the report."""
 
+import hashlib
+import os
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,10 +18,12 @@ from ..loading import Models, load_draft, load_models
 from ..pretrained import draft_config
 from ..runtime import is_exact, quiet_transformers, status, write_json
 from .bench import Bench, BenchConfig, RecordFile, describe_machine
-from .peers import MODES, load_assistant, make_methods
+from .peers import METHOD_NAMES, MODES, load_assistant, make_methods
 from .report import MODE_TITLES, results_table, write_report
 from .spec_bench import Question, published_questions, read_prompts, read_questions
 from .summary import summarise
+
+SECONDS_A_REFRESH = 0.5  # summing up thousands of records takes a while
 
 
 def run_bench(
@@ -67,7 +72,8 @@ def run_bench(
     import matplotlib  # noqa: F401 -- told before the work that it is missing
 
     _check(modes, max_new_tokens, turns)
-    named = dict(_named(draft, i) for i, draft in enumerate(drafts or [""]))
+    named = _names(drafts or [""])
+    folder = _writable_folder(output)
     asked = read_prompts(prompts) if prompts else read_questions(questions or published_questions(), per_task, tasks)
     trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_nodes": tree_nodes, "tree": tree}
     for draft in named.values():
@@ -81,60 +87,65 @@ def run_bench(
             f"The target {models.target_name!r} has no chat template: pass --raw-prompts to ask without one."
         )
     chosen = [*methods, *(["assistant"] if assistant and "assistant" not in methods else [])]
-    helper = load_assistant(assistant, models.target) if assistant else None
+    helper = load_assistant(assistant, models.target, models.tokenizer) if assistant else None
     ways = make_methods(chosen, loaded, helper)
     config = BenchConfig(
         target=models.target_name, drafts={name: path or models.draft_name for name, path in named.items()},
         assistant=assistant, source=Path(prompts).name if prompts else "spec-bench", tasks=tuple(tasks or ()),
-        per_task=per_task, turns=turns, modes=tuple(modes), methods=tuple(way.name for way in ways),
+        asked=_digest(asked), per_task=per_task, turns=turns,
+        modes=tuple(modes), methods=tuple(way.name for way in ways),
         max_new_tokens=max_new_tokens, seed=seed, device=str(models.target.device),
         dtype=str(models.target.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
         raw_prompts=raw_prompts,
         trees={name: tree_settings(draft.config) for name, draft in loaded.items()},
     )  # fmt: skip
-    file = RecordFile(Path(output), config)
+    file = RecordFile(folder, config)
     try:
         _ask_all(asked, models, ways, config, file, console or Console())
     finally:
         results = _results(file, config, models)
         if file.records:
-            write_json(Path(output) / "results.json", results)
-            write_report(Path(output), results)
+            write_json(folder / "results.json", results)
+            write_report(folder, results)
     (console or Console()).print(results_table(results["figures"], results["title"]), results["verdict"])
     return results
 
 
 def _ask_all(asked: list[Question], models: Models, ways, config: BenchConfig, file: RecordFile, console: Console):
-    left = [question for question in asked if question.number not in file.done()]
+    done = file.done()
+    left = [(order, question) for order, question in enumerate(asked) if question.number not in done]
     if not left:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
     bar = progress.add_task("questions", total=len(asked), completed=len(asked) - len(left))
     running: list[dict] = []
+    shown = 0.0
+    bench = Bench(models.target, models.tokenizer, ways, config)
+    with quiet_transformers(), status("Warming up"):  # before the live table: two displays would hide each other
+        bench.prepare(asked)
+    for name, why in bench.broken.items():
+        console.print(f"{name} does not run here: {why}", style="yellow", highlight=False, markup=False)
     with quiet_transformers(), Live(progress, console=console, auto_refresh=False, transient=True) as live:
 
         def show(record: dict | None = None):
+            nonlocal shown
             if record is not None:
                 running.append(record)
-            if console.is_terminal:
+            if console.is_terminal and (record is None or time.monotonic() - shown > SECONDS_A_REFRESH):
+                shown = time.monotonic()
                 known = file.records + running
                 live.update(Group(results_table(summarise(known, resamples=20)), progress), refresh=True)
 
-        bench = Bench(models.target, models.tokenizer, ways, config, show)
-        with status("Warming up"):
-            bench.prepare(left)
-        for name, why in bench.broken.items():
-            console.print(f"{name} does not run here: {why}", style="yellow", highlight=False, markup=False)
-        for order, question in enumerate(left):
+        bench.report = show
+        for order, question in left:  # in the order of an uninterrupted run, in which methods take turns too
             records = bench.ask(question, order)
             running.clear()
             file.add(records)
             progress.advance(bar)
             show()
             if not console.is_terminal:
-                done = len(asked) - len(left) + order + 1
-                print(f"question {done} of {len(asked)}", file=sys.stderr, flush=True)
+                print(f"question {len(file.done())} of {len(asked)}", file=sys.stderr, flush=True)
 
 
 def _results(file: RecordFile, config: BenchConfig, models: Models) -> dict:
@@ -177,11 +188,18 @@ def verdict(figures: dict, names: Sequence[str], exact: bool) -> str:
     if not compared:
         return "No answer of FSPAD's was compared with plain generate's."
     line = f"FSPAD gave plain generate's tokens in {same} of {compared} answers"
+    if plain := sum(
+        methods[name]["not_speculated"] for methods in figures.values() for name in names if name in methods
+    ):
+        line += f" ({plain} of them without speculation, which fspad_hf.generation.probe may explain)"
     if same == compared:
         return f"{line}."
     if exact:
         return f"{line}: NOT LOSSLESS."
-    return f"{line}; the others part at near ties, as half precision does (see each first difference)."
+    near = sum(c["near_ties"] for c in counts)
+    beyond = compared - same - near
+    line = f"{line}; {near} part at near ties, as half precision does"
+    return f"{line}, {beyond} by more than rounding explains: NOT LOSSLESS." if beyond else f"{line}."
 
 
 def tree_settings(config) -> list[int | str]:
@@ -190,11 +208,29 @@ def tree_settings(config) -> list[int | str]:
     return [*TreeShape.of(config), *(word for word, holds in words.items() if holds)]
 
 
-def _named(draft: str, index: int) -> tuple[str, str]:
-    name, separator, path = draft.partition("=")
-    if separator and name and path:
-        return name, path
-    return ("FSPAD" if index == 0 else f"FSPAD {index + 1}"), draft
+def _names(drafts: Sequence[str]) -> dict[str, str]:
+    """Each draft by its name in tables."""
+    named: dict[str, str] = {}
+    for index, draft in enumerate(drafts):
+        name, _, path = draft.partition("=")
+        if not name or not path or "/" in name:  # a path may hold an equals sign
+            name, path = ("FSPAD" if index == 0 else f"FSPAD {index + 1}"), draft
+        if name in named or name in METHOD_NAMES:
+            raise ValueError(f"draft={draft!r}: the name {name!r} is taken: give it another, NAME=PATH_OR_HUB_ID.")
+        named[name] = path
+    return named
+
+
+def _digest(asked: Sequence[Question]) -> str:
+    return hashlib.sha256(repr(asked).encode()).hexdigest()[:16]
+
+
+def _writable_folder(output: str) -> Path:
+    folder = Path(output).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise OSError(f"output={output!r} cannot be written, because of {str(there)!r}: name a folder that can be.")
+    return folder
 
 
 def _check(modes: Sequence[str], max_new_tokens: int, turns: int | None) -> None:

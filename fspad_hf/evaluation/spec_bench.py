@@ -124,7 +124,14 @@ def published_questions(cache_dir: str | os.PathLike | None = None) -> Path:
 
 
 def _lines(path: str | Path):
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or f"byte {getattr(error, 'start', '?')} is no UTF-8"
+        raise OSError(
+            f"{str(path)!r} cannot be read ({why}): expected a UTF-8 file of a JSON object a line."
+        ) from error
+    for number, line in enumerate(text.split("\n"), start=1):  # splitlines() would cut a text at U+2028
         if line.strip():
             try:
                 yield number, json.loads(line)

@@ -4,11 +4,14 @@ One definition everywhere: tok/s is new tokens / seconds of the whole call, pref
 first / forwards after the prefill. Within a task both are sum / sum over its prompts; a mean is over the tasks.
 """
 
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from .divergence import HALF_GAPS
 
 REFERENCE = "plain"
 RESAMPLES = 2000
@@ -32,7 +35,8 @@ def summarise(records: Sequence[dict], resamples: int = RESAMPLES, seed: int = 0
     The figures of each mode and method: `figures[mode][method]`, in the order in which they occur.
 
     Each has `tasks` ({task: figures}), `mean` (over the tasks), `errors` (text: count), `lossless` ({"same",
-    "compared", "first_differences"}), `accepted_lengths` ({length: count}) and `seconds` ({"prefill", "decode"}).
+    "compared", "near_ties", "first_differences"}), `not_speculated` (answers), `accepted_lengths` ({length: count})
+    and `seconds` ({"prefill", "decode"}).
     Figures are `tokens_per_second`, `speedup` (against plain on the same prompts) and `tau`, each as
     [`Figure.as_dict`], and `prompts`.
 
@@ -50,6 +54,7 @@ def summarise(records: Sequence[dict], resamples: int = RESAMPLES, seed: int = 0
                 **_figures(pairs, 0 if method == REFERENCE else resamples, seed),
                 "errors": dict(Counter(record["error"] for record in mine if record["error"])),
                 "lossless": _losslessness(mine),
+                "not_speculated": sum(record.get("speculated") is False for record in mine),
                 "accepted_lengths": _histogram(mine),
                 "seconds": {
                     "prefill": sum(r["prefill_seconds"] for r, _ in pairs),
@@ -83,7 +88,7 @@ def _figures(pairs: list[tuple[dict, dict]], resamples: int, seed: int) -> dict:
         return {"tasks": {}, "mean": None}
     value = np.mean([_ratios(total) for total, _ in totals], axis=0)
     spread = np.mean([_ratios(samples) for _, samples in totals], axis=0)
-    known = resamples > 0 and any(task["prompts"] > 1 for task in tasks.values())
+    known = resamples > 0 and all(task["prompts"] > 1 for task in tasks.values())
     prompts = sum(task["prompts"] for task in tasks.values())
     return {"tasks": tasks, "mean": {"prompts": prompts, **_figure_set(value, spread, known)}}
 
@@ -107,7 +112,9 @@ def _ratios(sums: np.ndarray) -> np.ndarray:
 
 
 def _figure_set(value: np.ndarray, samples: np.ndarray, known: bool) -> dict[str, dict]:
-    low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0) if known else np.full((2, 3), np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a figure without any value: no bounds
+        low, high = np.nanpercentile(samples, [2.5, 97.5], axis=0) if known else np.full((2, 3), np.nan)
     names = ("tokens_per_second", "speedup", "tau")
     return {name: Figure(value[i], low[i], high[i]).as_dict() for i, name in enumerate(names)}
 
@@ -115,9 +122,11 @@ def _figure_set(value: np.ndarray, samples: np.ndarray, known: bool) -> dict[str
 def _losslessness(records: list[dict]) -> dict:
     compared = [record for record in records if record["identical"] is not None]
     differences = [record for record in compared if not record["identical"]]
+    gaps = [(record["mode"], (record["divergence"] or {}).get("gap")) for record in differences]
     return {
         "same": len(compared) - len(differences),
         "compared": len(compared),
+        "near_ties": sum(abs(gap) <= HALF_GAPS[mode] for mode, gap in gaps if gap is not None),
         "first_differences": [
             {name: record[name] for name in ("question", "turn", "divergence")} for record in differences
         ],

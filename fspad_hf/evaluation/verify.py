@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..generation.probe import probe
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import quiet_transformers, writable_file, write_json
@@ -19,9 +20,6 @@ PROMPTS = (
     "Write a Python function that returns the n-th Fibonacci number, with a docstring.",
     "List ten animals, one a line. Then list them again in reverse.",
 )
-# In half precision a forward of many rows rounds otherwise than one of a single row, so near ties may fall either way.
-# Gaps seen there: greedy one unit in the last place of a logit, sampled up to 0.5 in log p - log E.
-HALF_GAPS = {False: 0.25, True: 1.0}
 
 
 @dataclass(frozen=True)
@@ -154,8 +152,7 @@ def _hold_against_plain(model, draft, inputs, arguments, seed, max_new_tokens, e
         check.real += 1
         check.differences.append({"seed": seed, "random_state": "differs"})
         return
-    near = found.gap is not None and abs(found.gap) <= HALF_GAPS[arguments["do_sample"]]
-    if not exact and near:
+    if not exact and found.is_near_tie("sampled" if arguments["do_sample"] else "greedy"):
         check.near_ties += 1
     else:
         check.real += 1
@@ -191,7 +188,8 @@ def run_verify(
     tree_nodes: int | None = None,
     tree: str | None = None,
 ) -> bool:  # fmt: skip
-    """`fspad-hf verify`: prints a row a setting; whether no difference is left that rounding does not explain."""
+    """`fspad-hf verify`: prints a row a setting; whether some answer was speculated, and no difference is
+    left that rounding does not explain."""
     from rich.console import Console
     from rich.text import Text
 
@@ -214,6 +212,11 @@ def run_verify(
     if json_file is not None:
         write_json(json_file, [asdict(check) | {"passed": check.passed} for check in checks])
     passed = all(check.passed for check in checks)
+    if passed and not any(check.speculated for check in checks):
+        reason = probe(models.target).reason
+        why = f", because {reason}" if reason else ""
+        console.print(Text(f"NOTHING VERIFIED: every answer ran without speculation{why}", "bold red"))
+        return False
     compared, same = sum(check.compared for check in checks), sum(check.same for check in checks)
     near = sum(check.near_ties for check in checks)
     what = str(models.target.dtype).removeprefix("torch.")

@@ -1,20 +1,29 @@
 import functools
+import io
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
 from xml.etree import ElementTree
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from rich.console import Console
 from transformers import CompileConfig
 
 from fspad_hf import FSPADConfig
 from fspad_hf.cards import make_card, read_results
 from fspad_hf.cli import main
 from fspad_hf.evaluation import bench, peers
+from fspad_hf.evaluation import run as bench_run
+from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.peers import Method
+from fspad_hf.generation import hook
 
+from .. import tiny
 from ..conftest import fresh_draft
 
 
@@ -73,12 +82,17 @@ def test_the_report_and_its_plots(run, models):
     folder = run("--methods", "prompt-lookup", "fspad")
     text = (folder / "report.md").read_text()
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
-    assert len(plots) == 10 and "| T = 1 | FSPAD |" in text and "Machine: device" in text
+    assert (
+        len(plots) == 10
+        and "| T = 1 | FSPAD |" in text
+        and "| Seconds in all | prefill |" in text
+        and "Machine: device" in text
+    )
     for plot in plots:
         root = ElementTree.parse(folder / plot).getroot()
         assert root.tag.endswith("svg") and "#ffffff" not in (folder / plot).read_text()  # no white card on black
     results = json.loads((folder / "results.json").read_text())
-    assert results["config"]["trees"] == {"FSPAD": [3, 3, 8]} and results["questions"] == 4
+    assert results["config"]["trees"] == {"FSPAD": [2, 3, 5, "prepacked"]} and results["questions"] == 4
     card = read_results(folder / "results.json")
     taus = results["figures"]["greedy"]["FSPAD"]["tasks"]
     assert {task: values["tau"] for task, values in card.tasks.items()} == {
@@ -115,6 +129,92 @@ def test_an_interrupted_run_goes_on(run, monkeypatch):
     assert sorted(asked) == [1, 2, 3, 4] and {r["question"] for r in records(folder)} == {1, 2, 3, 4}
     run("--modes", "greedy", "--methods", "fspad")
     assert len(asked) == 4  # all done: nothing is asked again
+
+
+def kept(folder):
+    timed = ("seconds", "prefill_seconds")
+    return [{name: value for name, value in r.items() if name not in timed} for r in records(folder)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_was_signalled_ends_as_one_that_was_not(run, models, tmp_path, number):
+    options = ["--methods", "prompt-lookup", "fspad", "--tasks", "mt_bench", "qa", "rag"]
+    whole = kept(run(*options, output="whole"))
+    paths = ["--target", models / "target", "--draft", models / "draft", "--questions", models / "questions.jsonl"]
+    command = [sys.executable, "-m", "fspad_hf", "bench", *paths, "--output", tmp_path / "cut", "--max-new-tokens", 12]
+    begun = subprocess.Popen(
+        [str(part) for part in (*command, *options)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )  # fmt: skip
+    for line in begun.stderr:
+        if line.startswith("question 1 "):
+            begun.send_signal(number)
+            break
+    begun.communicate()
+    lines = (tmp_path / "cut" / "records.jsonl").read_text().splitlines()
+    assert 1 <= len(lines) < 4 and begun.returncode == (130 if number == signal.SIGINT else -number)
+    assert (tmp_path / "cut" / "report.md").is_file() is (number == signal.SIGINT)
+    assert kept(run(*options, output="cut")) == whole
+
+
+def test_other_questions_are_not_mixed_in(run, models, tmp_path, capsys):
+    run("--modes", "greedy", "--methods", "fspad")
+    other = tmp_path / "other.jsonl"
+    other.write_text((models / "questions.jsonl").read_text().replace("three", "four"))
+    run("--modes", "greedy", "--methods", "fspad", "--questions", other, code=2)
+    assert "asked" in capsys.readouterr().err
+
+
+def test_half_precision_tells_a_difference_and_does_not_fail(run, models, monkeypatch, capsys):
+    found = [Divergence(3, 5, 6, gap, 1) for gap in (0.1, 0.1, 3.0, None)]
+    monkeypatch.setattr(bench, "first_divergence", lambda *_, **__: found.pop())
+    run("--modes", "greedy", "--methods", "fspad", "--turns", "1", "--dtype", "bfloat16")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 of 4 answers; 2 part at near ties" in shown and "2 by more than rounding explains: NOT LOSSLESS" in shown
+
+
+def test_a_difference_that_cannot_be_weighed_is_still_one(run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "first_divergence", full)
+    folder = run("--modes", "greedy", "--methods", "fspad", "--turns", "1", code=1)
+    assert "OutOfMemoryError: CUDA out of memory" in (folder / "report.md").read_text()
+
+
+def test_an_answer_without_speculation_is_told(run, monkeypatch, capsys):
+    monkeypatch.setattr(hook, "why_not", lambda *_: "it is a bad day")
+    folder = run("--modes", "greedy", "--methods", "fspad", "--turns", "1")
+    assert {r["speculated"] for r in records(folder)} == {None, False}
+    assert "(4 of them without speculation" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_assistant_with_another_tokenizer(run, models, tokenizer, tmp_path):
+    other = type(tokenizer).from_pretrained(models / "target")
+    other.add_tokens(["the", "and", "of"])
+    small = tiny.build("llama")
+    small.resize_token_embeddings(len(other))
+    small.save_pretrained(tmp_path / "small"), other.save_pretrained(tmp_path / "small")
+    found = records(run("--modes", "greedy", "--methods", "fspad", "--turns", "1", "--assistant", tmp_path / "small"))
+    assisted = [r for r in found if r["method"] == "assisted"]
+    assert len(assisted) == 4 and all(r["error"] is None and r["identical"] for r in assisted)
+
+
+def test_tokens_after_eos_do_not_count(llama):
+    made = bench.Bench(llama, None, [], None)
+    assert made._count(torch.tensor([5, 2, 7, 2])) == 2 and made._count(torch.tensor([5, 7])) == 2
+
+
+def test_the_live_table_in_a_terminal(run):
+    console = Console(force_terminal=True, width=100, height=40, file=io.StringIO())
+    original = bench_run.Console
+    bench_run.Console = lambda *_, **__: console
+    try:
+        run("--methods", "prompt-lookup", "fspad", "--turns", "1")
+    finally:
+        bench_run.Console = original
+    shown = console.file.getvalue()
+    assert "questions" in shown and "4/4" in shown and "left" in shown and shown.count("prompt lookup") > 4
 
 
 def test_other_settings_are_not_mixed_in(run, capsys):
@@ -164,6 +264,7 @@ def test_a_failing_method_is_a_row_that_says_why(run, monkeypatch, capsys):
         "prompt lookup"
     }
     assert "prompt lookup does not run here: RuntimeError: no such luck" in capsys.readouterr().out
+    assert "| prompt lookup | failed: RuntimeError: no such luck" in (folder / "report.md").read_text()
     assert "prompt lookup failed on" in (folder / "report.md").read_text()
 
 
@@ -203,6 +304,9 @@ def test_own_prompts_without_a_template(run, models, tmp_path, llama, tokenizer,
     [
         (["--methods", "magic"], "methods=['magic']"), (["--methods", "assistant"], "--assistant"),
         (["--modes", "warm"], "modes=['warm']"), (["--tasks", "cooking"], "cooking"), (["--turns", "0"], "turns=0"),
+        (["--draft", "plain=x"], "the name 'plain' is taken"),
+        (["--questions", "no.jsonl"], "'no.jsonl' cannot be read"),
+        (["--output", "/dev/null/x"], "output='/dev/null/x' cannot be written"),
         (["--max-new-tokens", "0"], "max_new_tokens=0"), (["--per-task", "0"], "per_task=0"),
     ],
 )  # fmt: skip

@@ -43,6 +43,15 @@ def test_a_choice_that_leaves_nothing(tmp_path, arguments, said):
         read_questions(path, **arguments)
 
 
+def test_a_file_that_cannot_be_read(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "\xe9"}')
+    for name, why in (("none.jsonl", "No such file"), ("latin.jsonl", "no UTF-8")):
+        with pytest.raises(OSError, match=f"{name}' cannot be read .*{why}"):
+            read_prompts(tmp_path / name)
+    (tmp_path / "odd.jsonl").write_text('{"prompt": "a\u2028b"}', encoding="utf-8")
+    assert read_prompts(tmp_path / "odd.jsonl")[0].turns == ("a\u2028b",)
+
+
 def test_own_prompts(tmp_path):
     chat = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     path = write(tmp_path / "p.jsonl", [{"prompt": "a"}, "", {"messages": chat, "task": "mine"}])

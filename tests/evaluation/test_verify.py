@@ -7,7 +7,9 @@ from fspad_hf.cli import main
 from fspad_hf.evaluation import verify as module
 from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.verify import verify
+from fspad_hf.generation import decoding, hook
 from fspad_hf.generation.cache import ArenaCache
+from fspad_hf.generation.probe import ProbeResult
 from fspad_hf.generation.verification import NoiseQueue
 
 from .. import tiny
@@ -73,6 +75,49 @@ def test_half_precision_forgives_near_ties_alone(llama, tokenizer, monkeypatch, 
     assert check.passed is passed and check.near_ties == int(passed) and check.real == int(not passed)
     check = verify(llama, tokenizer, fresh_draft(llama), ["tell me"], [0], 4)[0]
     assert not check.passed  # never in float32
+
+
+def test_nothing_speculated_is_no_success(tokenizer, tmp_path, monkeypatch, capsys):
+    llama = tiny.build("llama")
+    llama.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
+    monkeypatch.setattr(module, "probe", lambda model: ProbeResult("it is a bad day"))
+    monkeypatch.setattr(hook, "probe", module.probe)
+    fresh_draft(llama).save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
+    command = ["verify", "--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft"), "--prompt", "tell"]
+    assert main([*command, "--seeds", "1", "--max-new-tokens", "4"]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "NOTHING VERIFIED: every answer ran without speculation, because it is a bad day" in shown
+    assert "1 without speculation" in shown and "lossless" not in shown
+
+
+def test_the_battery_covers_what_it_is_for(llama, tokenizer):
+    settings = module.battery(llama, tokenizer, 16)
+    given = {name for setting in settings for name, value in setting.arguments.items() if value not in (0, 1.0)}
+    wanted = {"temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size"}
+    assert wanted | {"min_new_tokens", "stop_strings", "eos_token_id"} <= given
+    for sampled in (False, True):
+        mine = [setting for setting in settings if setting.arguments["do_sample"] is sampled]
+        assert any(setting.long_prompt for setting in mine)
+        assert any(len(setting.arguments.get("eos_token_id", ())) > 1 for setting in mine)
+
+
+def test_a_broken_walk_fails_the_command(llama, tokenizer, draft, tmp_path, monkeypatch, capsys):
+    """The walk steps to a child that was not drawn, as a decoder does that accepts what it guessed."""
+    llama.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
+    draft.save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
+
+    def gullible(tree, logits, emitter, path):
+        node = 1 if tree.tokens.shape[1] > 1 else 0
+        path += [0, node][: 1 + bool(node)]
+        for row in path:
+            if not emitter.finished:
+                emitter.emit(logits[:, row])
+
+    monkeypatch.setattr(decoding, "walk", gullible)
+    paths = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
+    assert main(["verify", *paths, "--prompt", "tell me", "--seeds", "1", "--max-new-tokens", "12"]) == 1
+    shown = capsys.readouterr().out
+    assert "DIFFERS: {'seed': 0, 'index':" in shown and "NOT LOSSLESS in float32" in shown
 
 
 def test_the_command(llama, tokenizer, draft, tmp_path, monkeypatch, capsys):
