@@ -1,7 +1,14 @@
-"""Prompts that training data must not contain: those a draft is measured on."""
+"""Prompts that training data must not contain: those a draft is measured on.
+
+Spec-Bench's own are always kept out: `spec_bench_prompts.txt` holds the [`fingerprint`] of every turn of its
+question.jsonl, a line each, sorted.
+"""
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cache
+from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 
 
@@ -35,8 +42,21 @@ def load_excluded(paths: Sequence[str | Path]) -> list[str]:
 
 
 def is_excluded(user_turns: Iterable[str], prompts: Sequence[str]) -> bool:
-    """Whether one of the user's turns contains one of the (normalised) prompts."""
-    return any(prompt in text for text in map(normalised, user_turns) for prompt in prompts)
+    """Whether one of the user's turns contains one of the (normalised) prompts, or is one of Spec-Bench's."""
+    return any(
+        fingerprint(text) in spec_bench_fingerprints() or any(prompt in text for prompt in prompts)
+        for text in map(normalised, user_turns)
+    )
+
+
+def fingerprint(prompt: str) -> str:
+    """The first 16 hexadecimal digits of the sha256 of a normalised prompt."""
+    return sha256(prompt.encode("utf-8")).hexdigest()[:16]
+
+
+@cache
+def spec_bench_fingerprints() -> frozenset[str]:
+    return frozenset((files(__package__) / "spec_bench_prompts.txt").read_text(encoding="ascii").split())
 
 
 def _turns(path: Path, number: int, line: str) -> list[str]:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,12 +11,20 @@ from fspad_hf.cli import main
 from fspad_hf.training import decode_loop, shards
 from fspad_hf.training.data import span_mask
 from fspad_hf.training.decode_loop import SelfplayDecoder, TurnTables
-from fspad_hf.training.exclusion import is_excluded, load_excluded, normalised
+from fspad_hf.training.exclusion import (
+    fingerprint,
+    is_excluded,
+    load_excluded,
+    normalised,
+    spec_bench_fingerprints,
+)
 from fspad_hf.training.selfplay import RowFilter, SelfplayConfig, eos_ids, selfplay
 from fspad_hf.training.templates import assistant_span, derive_glue, special_ids, template_sha256
 
 from .. import tiny
 from .chat import CHATML, TEMPLATES, chat_tokenizer, talker
+
+QUESTIONS = Path(__file__).parents[3] / "shared/data/spec_bench/question.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -407,3 +416,15 @@ def test_the_command(chatml, tmp_path, capsys):
     assert main([*arguments, "--seed", "1"]) == 2 and "seed 0 -> 1" in capsys.readouterr().err
     assert main([*arguments, "--exclude", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_spec_bench_is_always_kept_out():
+    """Prompts that anybody can read in MT-bench; the whole file is compared where it is at hand."""
+    first = (
+        "Compose an engaging travel blog post about a recent trip to Hawaii, highlighting cultural experiences and "
+    )
+    prompt = f"{first}must-see attractions."
+    assert is_excluded(["Hello", f"  {prompt.upper()}\n"], []) and not is_excluded([first, "Hello"], [])
+    if QUESTIONS.is_file():
+        known = load_excluded([QUESTIONS])
+        assert {fingerprint(prompt) for prompt in known} == spec_bench_fingerprints() and len(known) > 480
