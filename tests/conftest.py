@@ -1,4 +1,5 @@
 import random
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from fspad_hf.generation.tree import CandidateTree
 from . import tiny
 from .hub_server import HubServer
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it, and their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 

@@ -276,6 +276,6 @@ class TestLoad:
         assert asked == []
         assert said["pair"] == ["rs", consumed["after_a_killed_download"]["sum"]]
         assert said["pipelines"] == ["FSPADDraftModel", 1]
-        assert said["commands"] == ["alice/target", "alice/target", 3]  # the CPU's tree
+        assert said["commands"] == ["alice/target", "alice/target", 2]  # the CPU's tree
         assert failed(said["missing"], "OSError", "offline mode")
         assert failed(said["changed_in_the_cache"], "OSError", "were changed", "weights_sha256=")

@@ -98,7 +98,7 @@ def _shape(shape, tau, rounds, context, draft_vocab_size, place, precision, tree
     rounds, context = ROUNDS if rounds is None else rounds, CONTEXT if context is None else context
     if tau is None or not math.isfinite(tau):
         raise ValueError(
-            f"tau={tau}: a random draft accepts nothing, so say how many tokens a round shall emit, such as --tau 3.5."
+            f"tau={tau}: a random draft accepts nothing, so say how many tokens a round shall emit, such as --tau 2.5."
         )
     if rounds < 1 or context < 1:
         raise ValueError(f"rounds={rounds}, context={context}: expected 1 or more of each.")
