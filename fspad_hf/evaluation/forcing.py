@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor
 
 from ..configuration_fspad import FSPADConfig
-from ..generation import decoding
+from ..generation import rounds
 from ..generation.candidate_generator import FSPADCandidateGenerator
 from ..generation.tree import CandidateTree
 from .instrument import replaced
@@ -72,13 +72,13 @@ def forced(tau: float, excluded: Callable[[], AbstractContextManager] = nullcont
         What must be among the call's `logits_processor`.
     """
     processor, schedule, thread = ForcedTokens(), Schedule(tau), threading.get_ident()
-    walk, children = decoding.walk, FSPADCandidateGenerator._children
+    walk, children = rounds.walk, FSPADCandidateGenerator._children
 
-    def planned_walk(tree, logits, emitter, path):
+    def planned_walk(tree, logits, emitter, path, ahead=()):
         if threading.get_ident() == thread:
             with excluded():
                 processor.planned = deque(plan(tree, schedule.next()))
-        walk(tree, logits, emitter, path)
+        walk(tree, logits, emitter, path, ahead)
 
     def confident_children(generator, *args):
         confidences, tokens = children(generator, *args)
@@ -87,7 +87,7 @@ def forced(tau: float, excluded: Callable[[], AbstractContextManager] = nullcont
         return _confidences(confidences, generator.config.tree_depth), tokens
 
     with (
-        replaced(decoding, "walk", planned_walk),
+        replaced(rounds, "walk", planned_walk),
         replaced(FSPADCandidateGenerator, "_children", confident_children),
     ):
         yield processor

@@ -14,9 +14,10 @@ from itertools import pairwise
 import torch
 from torch.autograd import DeviceType
 
-from ..generation import candidate_generator, decoding
+from ..generation import candidate_generator, rounds
 from ..generation.cache import ArenaCache
 from ..generation.candidate_generator import FSPADCandidateGenerator
+from ..generation.rounds import Rounds
 from ..generation.target import Target
 from ..generation.verification import NoiseQueue
 
@@ -45,7 +46,7 @@ TIMED = (
     (NoiseQueue, "peek", "noise", "frontier"),
     (candidate_generator, "prune", "prune", "frontier"),
     (Target, "verify", "masks", "host"),
-    (decoding, "walk", "walk", "host"),
+    (rounds, "walk", "walk", "host"),
     (ArenaCache, "keep", "compact", "host"),
 )
 
@@ -155,7 +156,7 @@ def instrumented(clock: RoundClock) -> Iterator[RoundClock]:
     with ExitStack() as stack:
         for owner, name, part, under in TIMED:
             stack.enter_context(replaced(owner, name, _timed(vars(owner)[name], clock, part, under)))
-        stack.enter_context(replaced(decoding, "depth_limit", _starting(clock)))
+        stack.enter_context(replaced(Rounds, "run", _starting(clock)))
         stack.enter_context(replaced(Target, "_armed", _armed(clock)))
         stack.enter_context(replaced(ArenaCache, "append_to", _ending(clock)))
         yield clock
@@ -182,13 +183,13 @@ def _timed(function: Callable, clock: RoundClock, part: str, under: str) -> Call
 
 
 def _starting(clock: RoundClock) -> Callable:
-    depth_limit = decoding.depth_limit
+    run = Rounds.run
 
-    @functools.wraps(depth_limit)
+    @functools.wraps(run)
     def starting(*args, **kwargs):
-        if clock.mine():  # what each round begins with
+        if clock.mine():
             clock.begin_round()
-        return depth_limit(*args, **kwargs)
+        return run(*args, **kwargs)
 
     return starting
 

@@ -16,6 +16,9 @@ class ArenaLayer(CacheLayerMixin):
         self.arena = arena
 
     def update(self, key_states, value_states, *args, **kwargs):
+        if self.arena.is_fixed:
+            slots = self.arena.slots(key_states.shape[-2])
+            return self.keys.index_copy_(2, slots, key_states), self.values.index_copy_(2, slots, value_states)
         start = self.arena.length
         end = start + key_states.shape[-2]
         if not self.is_initialized or end > self.keys.shape[-2]:
@@ -28,10 +31,10 @@ class ArenaLayer(CacheLayerMixin):
         self.arena.reserve(self, key_states, value_states, self.arena.length + key_states.shape[-2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.arena.length + query_length, 0
+        return self.arena.width(query_length), 0
 
     def get_seq_length(self) -> int:
-        return self.arena.length
+        return 0 if self.arena.is_fixed else self.arena.length  # the same in all rounds: a graph would freeze it
 
     def get_max_length(self) -> int:
         return -1
@@ -42,22 +45,27 @@ class ArenaCache(Cache):
     Layers of one shape share a K and a V buffer `[layers, batch, heads, capacity, head_dim]`.
 
     A forward appends its rows after `length`; they count only once [`~ArenaCache.keep`] says which of them stay.
+
+    While a graph is captured `length` is a tensor `[1]`. All shapes are fixed then: attention sees the whole buffers,
+    and the mask hides what is not filled.
+
+    Args:
+        num_layers: how many layers.
+        capacity: positions for which there is room from the start; more are made as needed.
     """
 
-    def __init__(self, num_layers: int):
-        self.length = 0
+    def __init__(self, num_layers: int, capacity: int = 0):
+        self.length: int | torch.LongTensor = 0
+        self.least_capacity = capacity
+        self._slots: tuple = (None, 0, None)  # a length, rows, and the slots of such a forward
         self._groups: list[list[ArenaLayer]] = []
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         super().__init__(layers=[ArenaLayer(self) for _ in range(num_layers)])
 
     @classmethod
-    def from_dynamic(cls, cache: DynamicCache) -> "ArenaCache":
-        """
-        Copies a prefilled `DynamicCache`. Positions that a sliding layer has already forgotten are left zero: the
-        masks never show them again.
-        """
-        arena = cls(len(cache.layers))
-        length = cache.get_seq_length()
+    def from_dynamic(cls, cache: DynamicCache, capacity: int = 0) -> "ArenaCache":
+        """A copy of a prefilled `DynamicCache`, see [`~ArenaCache.load`]."""
+        arena = cls(len(cache.layers), capacity)
         groups: dict[tuple, list[int]] = {}
         for index, layer in enumerate(cache.layers):
             if layer.is_initialized:
@@ -66,14 +74,49 @@ class ArenaCache(Cache):
                 groups.setdefault(shape, []).append(index)
         for indices in groups.values():
             first = cache.layers[indices[0]]
-            group = [arena.layers[i] for i in indices]
-            arena._allocate(group, first.keys, first.values, length)
-            for i, layer in zip(indices, group, strict=True):
-                stored = cache.layers[i].keys.shape[-2]
-                layer.keys[..., length - stored : length, :] = cache.layers[i].keys
-                layer.values[..., length - stored : length, :] = cache.layers[i].values
-        arena.length = length
+            arena._allocate([arena.layers[i] for i in indices], first.keys, first.values, cache.get_seq_length())
+        arena.load(cache)
         return arena
+
+    def load(self, cache: DynamicCache):
+        """
+        Copies a prefilled cache of as many layers of the same shapes into the buffers. Positions that a sliding layer
+        has already forgotten are left as they are: the masks never show them again.
+        """
+        self.length = cache.get_seq_length()
+        for mine, layer in zip(self.layers, cache.layers, strict=True):
+            if layer.is_initialized:
+                start = self.length - layer.keys.shape[-2]
+                mine.keys[..., start : self.length, :] = layer.keys
+                mine.values[..., start : self.length, :] = layer.values
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether shapes are those of the buffers, and `length` a tensor."""
+        return isinstance(self.length, torch.Tensor)
+
+    @property
+    def capacity(self) -> int:
+        return min((pair[0].shape[-2] for pair in self._buffers), default=0)
+
+    def width(self, rows: int) -> int:
+        """How many columns a mask has in a forward that appends so many rows."""
+        return self.capacity if self.is_fixed else self.length + rows
+
+    def slots(self, rows: int) -> torch.LongTensor:
+        """Where a forward puts its rows, `[rows]`; with `length` a tensor. Made once for all layers."""
+        length, known, slots = self._slots
+        if length is not self.length or known != rows:
+            slots = torch.arange(rows, device=self.length.device) + self.length
+            self._slots = self.length, rows, slots
+        return slots
+
+    def clear(self):
+        """Forgets everything; the buffers stay."""
+        self.length = 0
+        for pair in self._buffers:
+            for buffer in pair:
+                buffer.zero_()
 
     def append_to(self, cache: DynamicCache):
         """Writes the positions that `cache` lacks back into it, each layer trimming to its own window."""
@@ -91,12 +134,16 @@ class ArenaCache(Cache):
         moved together; forgets the rest.
         """
         if slots != list(range(len(slots))):
-            start, end = self.length, self.length + len(slots)
-            for pair in self._buffers:
-                index = torch.tensor(slots, device=pair[0].device) + start
-                for buffer in pair:
-                    buffer[..., start:end, :] = buffer[..., index, :]
+            self.gather(torch.tensor(slots, device=self._buffers[0][0].device))
         self.length += len(slots)
+
+    def gather(self, slots: torch.LongTensor):
+        """Moves the rows at `slots` (`[count]`, counted as in [`~ArenaCache.keep`]) together, to the first ones."""
+        for pair in self._buffers:
+            source = slots.to(pair[0].device) + self.length
+            target = torch.arange(len(slots), device=source.device) + self.length
+            for buffer in pair:
+                buffer.index_copy_(3, target, buffer.index_select(3, source))
 
     def reserve(self, layer: ArenaLayer, key_states: torch.Tensor, value_states: torch.Tensor, capacity: int):
         """Room for `capacity` positions in the layer and all that share its buffers."""
@@ -105,7 +152,10 @@ class ArenaCache(Cache):
 
     def _allocate(self, group: list[ArenaLayer], keys: torch.Tensor, values: torch.Tensor, capacity: int):
         """New, larger buffers for a group of layers, shaped after `keys` and `values`; old contents are copied."""
-        capacity = (max(capacity + 1, int(1.25 * capacity)) + GROWTH - 1) // GROWTH * GROWTH
+        if capacity < self.least_capacity:
+            capacity = self.least_capacity
+        else:
+            capacity = (max(capacity + 1, int(1.25 * capacity)) + GROWTH - 1) // GROWTH * GROWTH
         number = self._groups.index(group) if group in self._groups else None
         pair = tuple(x.new_zeros((len(group), *x.shape[:2], capacity, x.shape[-1])) for x in (keys, values))
         if number is None:

@@ -59,11 +59,13 @@ class FSPADCandidateGenerator(CandidateGenerator):
         self.warpers = LogitsProcessorList(p for p in logits_processor or () if type(p) in STATIC_WARPERS)
         self.noise = noise if draft.config.coupled_drafting else None
         self.cache = ArenaCache(num_layers=1)
-        self._kernels = nullcontext()
+        self._kernels, self._is_matched = nullcontext(), False
         self._logit_feature = self._feature = None  # [1, 1, hidden]: o_logit and o_feature of the root
 
     @torch.no_grad()
-    def accept(self, features: torch.Tensor, tokens: torch.LongTensor) -> FSPADDraftOutput:
+    def accept(
+        self, features: torch.Tensor, tokens: torch.LongTensor, count: torch.LongTensor | None = None
+    ) -> FSPADDraftOutput:
         """
         Takes in true pairs (f_t, token t+1), the last token being the next tree's root.
 
@@ -72,24 +74,27 @@ class FSPADCandidateGenerator(CandidateGenerator):
 
         Args:
             features (`[1, new, hidden]`), tokens (`[1, new]`).
+            count (`[1]`): how many of the pairs there are, the rest being padding; `None` is all.
 
         Returns:
             The draft's outputs of these pairs.
         """
-        if not self.cache.length:
+        if not self._is_matched:
             self.draft = _matched(self.draft, features)
             self._kernels = prepacked(self.draft) if self.config.prepack_linears else nullcontext()
-        new, start = tokens.shape[1], self.cache.length
+            self._is_matched = True
+        new, start, device = tokens.shape[1], self.cache.length, self.draft.device
+        places = torch.arange(new, device=device) + start
         mask = None
-        if new > 1 and (start or self.draft.config._attn_implementation != "sdpa"):
-            rows = torch.arange(start, start + new, device=self.draft.device)[:, None]
-            mask = additive_mask(torch.arange(start + new, device=self.draft.device) <= rows, self.draft.dtype)
-        out = self._step(tokens, features, torch.arange(start, start + new)[None], mask)
-        self.cache.keep(list(range(new)))
-        self._logit_feature, self._feature = out.logit_features[:, -1:], out.features[:, -1:]
+        if self.cache.is_fixed or new > 1 and (start or self.draft.config._attn_implementation != "sdpa"):
+            columns = torch.arange(self.cache.width(new), device=device)
+            mask = additive_mask(columns <= places[:, None], self.draft.dtype)
+        out = self._step(tokens, features, places[None], mask)
+        self.cache.length = start + (new if count is None else count)
+        last = slice(-1, None) if count is None else count - 1
+        self._logit_feature, self._feature = out.logit_features[:, last], out.features[:, last]
         return out
 
-    @torch.no_grad()
     def grow(self, root: torch.LongTensor, shape: TreeShape) -> CandidateTree:
         """
         Grows a tree of at most `shape.depth` levels below `root` (`[1, 1]`) and keeps its best nodes.
@@ -97,30 +102,43 @@ class FSPADCandidateGenerator(CandidateGenerator):
         Level 1 is the root's top k children. Of each level the k best nodes are expanded by one batched draft step,
         k children each; at the end the best of all nodes by cumulative log-confidence are kept.
         """
-        depth, k, total = shape
-        if depth < 1:
+        if shape.depth < 1:
             return CandidateTree.root(root)
-        device = self.draft.device
-        rows = self.noise.peek(depth) if self.noise is not None else None  # [depth, V]
+        rows = self.noise.peek(shape.depth) if self.noise is not None else None  # [depth, V]
+        return self.grow_padded(root.to(self.draft.device), shape, rows).trimmed()
+
+    @torch.no_grad()
+    def grow_padded(self, root: torch.LongTensor, shape: TreeShape, rows: torch.Tensor | None) -> CandidateTree:
+        """
+        [`~FSPADCandidateGenerator.grow`] without a look at any value, so that a graph can hold it: where there are
+        fewer nodes than `shape` wants, the rest is padding.
+
+        Args:
+            rows (`[depth, V]`): the noise of the coming draws; `None` drafts uncoupled.
+        """
+        depth, k, total = shape
+        device, start = self.draft.device, self.cache.length
         confidences, tokens = self._children(self._logit_feature, k, rows, 0)  # [1, 1, k]
         frontier_scores, frontier_tokens = confidences[0, 0], tokens[0, 0]
         frontier_features = self._feature.expand(-1, k, -1)
         frontier_nodes = torch.arange(1, k + 1, device=device)
         seen = torch.zeros(k, 0, dtype=torch.bool, device=device)  # which tree rows of the draft's cache each sees
         levels = [(frontier_tokens, torch.zeros_like(frontier_nodes), frontier_scores)]
-        start, grown = self.cache.length, k
+        grown = k
 
         for level in range(1, depth):
             seen = torch.cat((seen, torch.eye(k, dtype=torch.bool, device=device)), dim=-1)
-            mask = torch.cat((torch.ones(k, start, dtype=torch.bool, device=device), seen), dim=-1)
-            positions = torch.full((1, k), start + level - 1)
             self.cache.length = start + (level - 1) * k  # append after the levels above
+            columns = torch.arange(self.cache.width(k), device=device)
+            own = torch.arange(level * k, device=device) + start
+            mask = (columns < start).repeat(k, 1).index_copy_(1, own, seen)
+            positions = torch.zeros(1, k, dtype=torch.long, device=device) + (start + level - 1)
             out = self._step(
                 frontier_tokens[None], frontier_features, positions, additive_mask(mask, self.draft.dtype)
             )
             confidences, tokens = self._children(out.logit_features, k, rows, level)  # [1, k, k]
             scores = (frontier_scores[:, None] + confidences[0]).flatten()
-            levels.append((tokens.flatten(), frontier_nodes.repeat_interleave(k), scores))
+            levels.append((tokens.flatten(), frontier_nodes[:, None].expand(-1, k).flatten(), scores))
             best = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).topk(k).indices
             parents = best // k
             frontier_scores, frontier_tokens = scores[best], tokens.flatten()[best]
@@ -131,7 +149,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
 
         depths = torch.cat([torch.full_like(part[0], level + 1) for level, part in enumerate(levels)])
         tokens, parents, scores = (torch.cat(parts) for parts in zip(*levels, strict=True))
-        return prune(root.to(device), tokens, parents, depths, scores, total)
+        return prune(root, tokens, parents, depths, scores, total)
 
     def get_candidates(self, input_ids: torch.LongTensor, model_outputs=None, is_first_iteration=False, **kwargs):
         """

@@ -84,14 +84,14 @@ class Target:
         return outputs, self._features(outputs, caught)
 
     def verify(
-        self, tree: CandidateTree, cache: ArenaCache, prefix: torch.BoolTensor, position: int
+        self, tree: CandidateTree, cache: ArenaCache, prefix: torch.BoolTensor, position: int | torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         One forward over every node of `tree`.
 
         Args:
             cache: holds the `length` tokens before the root; the nodes' rows are appended.
-            prefix (`[batch, length]`): False on padding.
+            prefix (`[batch, length]`): False on padding; `[batch, capacity]` where the cache has a fixed shape.
             position: the root's position id.
 
         Returns:
@@ -147,7 +147,8 @@ class Target:
         """One mask, or one per kind of layer where the model mixes kinds."""
         windows = attention_windows(self.text_config)
         dtype = next(layer.keys.dtype for layer in cache.layers if layer.is_initialized)
-        masks = {kind: tree.attention_mask(prefix, dtype, window) for kind, window in windows.items()}
+        length = cache.length if cache.is_fixed else None
+        masks = {kind: tree.attention_mask(prefix, dtype, window, length) for kind, window in windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 
 class TreeShape(NamedTuple):
@@ -33,6 +34,8 @@ class TreeShape(NamedTuple):
 @dataclass
 class CandidateTree:
     """
+    Beside the root, a node that is its own parent is padding: no path leads to it.
+
     Args:
         tokens (`[batch, nodes]`): token ids.
         parents (`[batch, nodes]`): index of each node's parent; the root's is 0.
@@ -57,51 +60,76 @@ class CandidateTree:
         scores = None if self.scores is None else self.scores.to(device)
         return CandidateTree(self.tokens.to(device), self.parents.to(device), self.depths.to(device), scores)
 
+    def clone(self) -> "CandidateTree":
+        scores = None if self.scores is None else self.scores.clone()
+        return CandidateTree(self.tokens.clone(), self.parents.clone(), self.depths.clone(), scores)
+
+    def trimmed(self) -> "CandidateTree":
+        """Without the padding at the end; of one sequence."""
+        numbers = torch.arange(len(self), device=self.parents.device)
+        count = len(self) - int((self.parents[0, 1:] == numbers[1:]).sum())
+        scores = None if self.scores is None else self.scores[:, :count]
+        return CandidateTree(self.tokens[:, :count], self.parents[:, :count], self.depths[:, :count], scores)
+
     def ancestors(self) -> torch.BoolTensor:
         """`[batch, nodes, nodes]`: True where the column is the row's node itself or one of its ancestors."""
         batch, nodes = self.tokens.shape
-        identity = torch.eye(nodes, dtype=torch.bool, device=self.tokens.device)
-        seen = identity.repeat(batch, 1, 1)
-        at, rows = self.parents, torch.arange(batch, device=self.tokens.device)[:, None]
-        for _ in range(int(self.depths.max()) if nodes else 0):
-            seen = seen | identity[at]
-            at = self.parents[rows, at]
+        device = self.tokens.device
+        seen = torch.eye(nodes, dtype=torch.bool, device=device).repeat(batch, 1, 1)
+        above, rows = self.parents, torch.arange(batch, device=device)[:, None]
+        for _ in range((nodes - 1).bit_length()):  # each time twice as many generations, and never more than nodes
+            seen = seen | seen[rows, above]
+            above = above[rows, above]
         return seen
 
-    def attention_mask(self, prefix: torch.BoolTensor, dtype: torch.dtype, window: int | None = None) -> torch.Tensor:
+    def attention_mask(
+        self,
+        prefix: torch.BoolTensor,
+        dtype: torch.dtype,
+        window: int | None = None,
+        length: torch.LongTensor | None = None,
+    ) -> torch.Tensor:
         """
-        The float mask of one verification forward, `[batch, 1, nodes, length + nodes]`: 0 where a node may look, the
-        dtype's minimum elsewhere. Float, because eager and flex attention add masks and take no bool.
+        The float mask of one verification forward, `[batch, 1, nodes, columns]`: 0 where a node may look, the dtype's
+        minimum elsewhere. Float, because eager and flex attention add masks and take no bool.
 
         Args:
-            prefix (`[batch, length]`): False on padding.
+            prefix (`[batch, length]`): False on padding. The nodes' columns come after these.
             window: sliding window in positions; keys this far back or further are hidden.
+            length (`[1]`): with it `prefix` is `[batch, columns]`, of which `length` count and the nodes' follow.
         """
-        nodes, length = len(self), prefix.shape[1]
-        visible = torch.cat((prefix[:, None].expand(-1, nodes, -1), self.ancestors()), dim=-1)
+        nodes, device = len(self), prefix.device
+        if length is None:
+            length, prefix = prefix.shape[1], functional.pad(prefix, (0, nodes))
+        columns = torch.arange(prefix.shape[1], device=device)
+        slots = torch.arange(nodes, device=device) + length
+        visible = (prefix & (columns < length))[:, None].repeat(1, nodes, 1).index_copy_(2, slots, self.ancestors())
         if window is not None:
-            columns = torch.arange(length, device=prefix.device).expand_as(prefix)
-            keys = torch.cat((columns, length + self.depths), dim=-1)  # as positions in the sequence, not slots
-            visible = visible & ((length + self.depths)[:, :, None] - keys[:, None] < window)
-        mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+            places = length + self.depths  # in the sequence, not the arena
+            keys = columns.repeat(len(prefix), 1).index_copy_(1, slots, places)
+            visible &= places[:, :, None] - keys[:, None] < window
+        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
         return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
     def children(self, row: int = 0) -> dict[tuple[int, int], int]:
         """(parent, token) -> node, on the host."""
         tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
-        return {(parents[node], tokens[node]): node for node in range(1, len(self))}
+        return {(parents[node], tokens[node]): node for node in range(1, len(self)) if parents[node] != node}
 
 
-def best_nodes(scores: torch.Tensor, total: int) -> torch.LongTensor:
+def best_nodes(scores: torch.Tensor, total: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
     """
-    The indices of the `total` best nodes, in level order, `[kept]`; fewer where scores are -inf or NaN.
+    The indices of the `total` best nodes in level order, `[total]`, and which of them count: those with a score of
+    -inf or NaN do not, and stand at the end.
 
     `scores` (`[nodes]`) are cumulative log-confidences in level order. A child never scores above its parent but can
     tie with it (a log-probability that rounds to 0); the stable sort takes the parent first, so it is always kept.
     """
+    nodes = len(scores)
     scores = scores.masked_fill(scores.isnan(), float("-inf"))
     values, order = torch.sort(scores, descending=True, stable=True)
-    return order[:total][values[:total] > float("-inf")].sort().values
+    kept = torch.where(values > float("-inf"), order, order + nodes)[:total].sort().values
+    return kept % nodes, kept < nodes
 
 
 def prune(
@@ -109,20 +137,20 @@ def prune(
     scores: torch.Tensor, total: int,
 ) -> CandidateTree:  # fmt: skip
     """
-    The tree of the `total` best of all nodes grown (EAGLE-2's rerank).
+    The tree of the `total` best of all nodes grown (EAGLE-2's rerank), with padding where there are not so many.
 
     Args:
         root (`[1, 1]`): the root's token.
         tokens, parents, depths, scores (`[grown]`): the nodes below the root in level order; `parents` counts the root
             as 0 and the first of these nodes as 1.
     """
-    kept = best_nodes(scores, total)
-    renumbered = torch.zeros(len(tokens) + 1, dtype=torch.long, device=tokens.device)
-    renumbered[kept + 1] = torch.arange(1, len(kept) + 1, device=tokens.device)
+    kept, counts = best_nodes(scores, total)
+    numbers = torch.arange(1, len(kept) + 1, device=tokens.device)
     zero = torch.zeros(1, dtype=torch.long, device=tokens.device)
+    renumbered = torch.zeros(len(tokens) + 1, dtype=torch.long, device=tokens.device).index_copy_(0, kept + 1, numbers)
     return CandidateTree(
         torch.cat((root[0], tokens[kept]))[None],
-        torch.cat((zero, renumbered[parents[kept]]))[None],
+        torch.cat((zero, torch.where(counts, renumbered[parents[kept]], numbers)))[None],
         torch.cat((zero, depths[kept]))[None],
         torch.cat((scores.new_zeros(1), scores[kept]))[None],
     )

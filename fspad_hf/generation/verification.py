@@ -5,11 +5,15 @@ E drawn from the same generator, so drawing the rows ahead and dividing later gi
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from .tree import CandidateTree
+
+PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)  # functions of the last token and the length
 
 
 class NoiseQueue:
@@ -61,10 +65,19 @@ class NoiseQueue:
             if self.coupled:
                 self._here = self.generator.get_state()
             return token
-        row, after = self._rows.popleft()
+        row = self._rows[0][0]
+        self.skip()
+        return race(probabilities, row)
+
+    def skip(self):
+        """The next draw has been made already, from the row that [`~NoiseQueue.peek`] gave for it."""
+        _, after = self._rows.popleft()
         self.generator.set_state(after)
         self._here = after
-        return torch.argmax(probabilities / row, dim=-1)
+
+    def is_ahead(self) -> bool:
+        """Whether the row of the next draw is known and still the one that plain sampling would meet."""
+        return self._in_step() and bool(self._rows)
 
     def _in_step(self) -> bool:
         if self.coupled and not torch.equal(self.generator.get_state(), self._here):
@@ -75,6 +88,11 @@ class NoiseQueue:
         """Someone else drew, and may again: no more guessing ahead."""
         self.coupled = False
         self._rows.clear()
+
+
+def race(probabilities: torch.Tensor, row: torch.Tensor) -> torch.LongTensor:
+    """The draw that a row of noise decides: argmax p / E, `[1, V]` both, `[1]` out."""
+    return torch.argmax(probabilities / row, dim=-1)
 
 
 def default_generator(device: torch.device) -> torch.Generator | None:
@@ -91,8 +109,8 @@ def _is_like(probabilities: torch.Tensor, row: torch.Tensor) -> bool:
     return probabilities.shape == row.shape and probabilities.dtype == row.dtype
 
 
-def _is_distribution(probabilities: torch.Tensor) -> bool:
-    return bool((torch.isfinite(probabilities) & (probabilities >= 0)).all())
+def _is_distribution(probabilities: torch.Tensor) -> torch.BoolTensor:
+    return (torch.isfinite(probabilities) & (probabilities >= 0)).all()
 
 
 class TokenEmitter:
@@ -103,6 +121,8 @@ class TokenEmitter:
     Args:
         input_ids (`[1, prompt]`): grows by each token emitted.
         noise: where draws come from; `None` is greedy.
+
+    `emitted` are the tokens so far, on the host.
     """
 
     def __init__(
@@ -114,17 +134,27 @@ class TokenEmitter:
         streamer=None,
         noise: NoiseQueue | None = None,
     ):
-        self.input_ids = input_ids
+        self._ids, self.length = input_ids, input_ids.shape[1]
+        self.emitted: list[int] = []
         self.logits_processor, self.stopping_criteria, self.streamer = logits_processor, stopping_criteria, streamer
         self.noise = noise
+        self.plain_criteria = all(type(criterion) in PLAIN_CRITERIA for criterion in stopping_criteria)
         wanted = generation_config.return_dict_in_generate
         self.scores = () if wanted and generation_config.output_scores else None
         self.raw_logits = () if wanted and generation_config.output_logits else None
         self.finished = False
 
+    @property
+    def input_ids(self) -> torch.LongTensor:
+        """All tokens so far, `[1, length]`."""
+        late = self.length - self._ids.shape[1]
+        if late:
+            self._ids = torch.cat((self._ids, self._ids.new_tensor([self.emitted[-late:]])), dim=-1)
+        return self._ids
+
     def emit(self, logits: torch.Tensor) -> int:
         """Emits the token that follows `input_ids`; `logits` is the target's row for it, `[1, vocabulary]`."""
-        logits = logits.to(copy=True, dtype=torch.float32, device=self.input_ids.device)
+        logits = fresh_row(logits).to(self._ids.device)
         scores = self.logits_processor(self.input_ids, logits)
         if self.scores is not None:
             self.scores += (scores,)
@@ -134,14 +164,41 @@ class TokenEmitter:
             token = self.noise.draw(torch.nn.functional.softmax(scores, dim=-1))
         else:
             token = torch.argmax(scores, dim=-1)
-        self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
-        self.finished = bool(self.stopping_criteria(self.input_ids, self.scores).all())
+        self._ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
+        return self._emitted(int(token))
+
+    def take(self, token: int) -> int:
+        """Emits a token that was drawn beforehand, by [`walk_ahead`]."""
+        if self.noise is not None:
+            self.noise.skip()
+        return self._emitted(token)
+
+    def can_take(self) -> bool:
+        """Whether such a token is still the one that plain decoding would draw."""
+        return self.noise is None or self.noise.is_ahead()
+
+    def _emitted(self, token: int) -> int:
+        self.emitted.append(token)
+        self.length += 1
+        if self.plain_criteria:  # they look at the length and the last token: no need to wait for the device
+            ids = torch.tensor([[token]]).expand(1, self.length)
+        else:
+            ids = self.input_ids
+        self.finished = bool(self.stopping_criteria(ids, self.scores).all())
         if self.streamer is not None:
-            self.streamer.put(token.cpu())
-        return int(token)
+            self.streamer.put(torch.tensor([token]))
+        return token
 
 
-def walk(tree: CandidateTree, logits: torch.Tensor, emitter: TokenEmitter, path: list[int]):
+def fresh_row(logits: torch.Tensor) -> torch.Tensor:
+    """What processors are given: an fp32 copy of their own."""
+    return logits.to(copy=True, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+def walk(
+    tree: CandidateTree, logits: torch.Tensor, emitter: TokenEmitter, path: list[int],
+    ahead: Sequence[tuple[int, int]] = (),
+):  # fmt: skip
     """
     Emits tokens from the root for as long as each is among its node's children; the first that is not is the bonus.
 
@@ -149,11 +206,60 @@ def walk(tree: CandidateTree, logits: torch.Tensor, emitter: TokenEmitter, path:
         logits (`[1, nodes, vocabulary]`): the target's, at every node.
         path: filled with the nodes at which a token was drawn, the root first: the rows to keep, also when code of the
             user's raises on the way.
+        ahead: (node, token) of a whole walk made beforehand; it holds until code of the user's draws on the way.
     """
-    children, node = tree.children(), 0
+    node = 0
+    for node, token in ahead:
+        if not emitter.can_take():
+            break
+        path.append(node)
+        emitter.take(token)
+        if emitter.finished:
+            return
+    else:
+        if ahead:
+            return
+    children = tree.children()
     while True:
         path.append(node)
         token = emitter.emit(logits[:, node])
         node = children.get((node, token))
         if emitter.finished or node is None:
             return
+
+
+def walk_ahead(
+    tree: CandidateTree, logits: torch.Tensor, warpers: LogitsProcessorList, rows: torch.Tensor | None, levels: int
+) -> torch.LongTensor:
+    """
+    [`walk`] on device tensors alone, so that a graph can hold it: without criteria and streamer, which see its tokens
+    later, and without processors that look at the tokens before.
+
+    Args:
+        tree (of one sequence), logits (`[1, nodes, vocabulary]`).
+        warpers: processors of the scores alone.
+        rows (`[levels + 1, V]`): the noise of the coming draws; `None` is greedy.
+        levels: of the tree.
+
+    Returns:
+        `[2 + 2 * (levels + 1)]`: how many tokens were drawn; 1 if each draw's distribution was one, else 0; the nodes
+        they were drawn at; the tokens. What follows those drawn means nothing.
+    """
+    numbers = torch.arange(len(tree), device=logits.device)
+    node = torch.zeros(1, dtype=torch.long, device=logits.device)
+    going = torch.ones(1, dtype=torch.bool, device=logits.device)
+    count, sound, nodes, tokens = torch.zeros_like(node), going, [], []
+    for level in range(levels + 1):
+        scores = warpers(None, fresh_row(logits[:, node][0]))
+        if rows is None:
+            token = torch.argmax(scores, dim=-1)
+        else:
+            probabilities = torch.nn.functional.softmax(scores, dim=-1)
+            token = race(probabilities, rows[level][None])
+            sound = sound & (_is_distribution(probabilities) | ~going)
+        nodes.append(node), tokens.append(token)
+        count = count + going
+        child = (tree.parents[0] == node) & (tree.tokens[0] == token) & (numbers != node)
+        going = going & child.any()
+        node = torch.where(going, child.long().argmax(), node)
+    return torch.cat((count, sound.long(), *nodes, *tokens))

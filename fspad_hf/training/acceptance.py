@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from ..generation.decoding import SpeculationRecord, depth_limit
+from ..generation.decoding import SpeculationRecord
 from ..generation.probe import probe
+from ..generation.rounds import depth_limit
 from ..generation.target import Target
 from ..generation.tree import TreeShape
 from ..generation.verification import walk

@@ -33,7 +33,7 @@ class GrownTrees:
         tokens, parents, scores = (part[number] for part in (self.tokens, self.parents, self.scores))
         if not len(tokens):
             return CandidateTree.root(torch.tensor([[root]]))
-        return prune(torch.tensor([[root]]), tokens, parents, self.depths, scores, self.total)
+        return prune(torch.tensor([[root]]), tokens, parents, self.depths, scores, self.total).trimmed()
 
 
 class ManyTrees(FSPADCandidateGenerator):

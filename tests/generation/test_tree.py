@@ -27,7 +27,9 @@ def grown(draw):
 @given(grown(), st.integers(1, 20))
 def test_every_kept_node_keeps_its_parent(nodes, total):
     parents, depths, scores = nodes
-    kept = best_nodes(scores, total)
+    kept, counts = best_nodes(scores, total)
+    assert counts.tolist() == sorted(counts.tolist(), reverse=True)
+    padded, kept = len(kept), kept[counts]
     ids = set((kept + 1).tolist())
     assert len(ids) <= total
     assert all(int(parents[i]) in ids | {0} for i in kept)
@@ -37,21 +39,31 @@ def test_every_kept_node_keeps_its_parent(nodes, total):
     if len(kept):
         assert scores[kept].min() >= torch.sort(finite, descending=True).values[len(kept) - 1]
     tree = prune(torch.tensor([[7]]), torch.arange(len(parents)), parents, depths, scores, total)
+    assert len(tree) == 1 + padded == 1 + min(total, len(scores))
+    tree = tree.trimmed()
+    assert len(tree) == 1 + len(kept)
     for node in range(1, len(tree)):
         assert tree.depths[0, node] == tree.depths[0, tree.parents[0, node]] + 1
         assert tree.parents[0, node] < node
 
 
 @settings(deadline=None, max_examples=100)
-@given(grown(), st.integers(0, 6), st.one_of(st.none(), st.integers(1, 5)))
-def test_mask_shows_ancestors_and_the_prefix_within_the_window(nodes, length, window):
+@given(grown(), st.integers(0, 6), st.one_of(st.none(), st.integers(1, 5)), st.one_of(st.none(), st.integers(0, 3)))
+def test_mask_shows_ancestors_and_the_prefix_within_the_window(nodes, length, window, spare):
+    """With `spare` in a fixed shape: so many columns more, and stale ones where the nodes' are to be."""
     parents, depths, scores = nodes
     tree = prune(torch.tensor([[7]]), torch.arange(len(parents)), parents, depths, scores, 30)
     prefix = torch.arange(length)[None] % 4 != 1
-    visible = tree.attention_mask(prefix, torch.float32, window)[0, 0] == 0
+    if spare is None:
+        visible = tree.attention_mask(prefix, torch.float32, window)[0, 0] == 0
+    else:
+        columns = torch.cat((prefix, torch.ones(1, len(tree) + spare, dtype=torch.bool)), dim=-1)
+        visible = tree.attention_mask(columns, torch.float32, window, torch.tensor([length]))[0, 0] == 0
+        assert not visible[:, length + len(tree) :].any()
+    padding = {node for node in range(1, len(tree)) if int(tree.parents[0, node]) == node}
     for node in range(len(tree)):
         path, at = {node}, node
-        while at:
+        while at not in padding | {0}:
             at = int(tree.parents[0, at])
             path.add(at)
         position = length + int(tree.depths[0, node])
@@ -65,8 +77,8 @@ def test_mask_shows_ancestors_and_the_prefix_within_the_window(nodes, length, wi
 
 def test_a_plain_topk_would_orphan_ties():
     """The trap itself: a child that ties with its parent, and room for one of them."""
-    assert best_nodes(torch.tensor([-1.0, 0.0, 0.0, -3.0]), 1).tolist() == [1]
-    assert best_nodes(torch.full((50,), 0.0), 20).tolist() == list(range(20))
+    assert best_nodes(torch.tensor([-1.0, 0.0, 0.0, -3.0]), 1)[0].tolist() == [1]
+    assert best_nodes(torch.full((50,), 0.0), 20)[0].tolist() == list(range(20))
 
 
 def test_a_batch_of_trees():

@@ -1,0 +1,133 @@
+"""A round of speculation: grow a tree -> verify it -> walk it -> keep the path.
+
+f_t is the target's feature at position t; a round's root is the last token emitted, which the target has not read yet.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+from transformers.cache_utils import DynamicCache
+
+from .cache import ArenaCache
+from .candidate_generator import FSPADCandidateGenerator
+from .target import Target
+from .tree import CandidateTree, TreeShape
+from .verification import TokenEmitter, walk
+
+
+class Rounds:
+    """
+    The rounds of one call, step by step as they come.
+
+    Args:
+        target, generator, emitter: of the call; the emitter has emitted the first token.
+        cache: the host's, prefilled.
+        features (`[1, prompt, hidden]`): of the prompt.
+        prompt (`[1, prompt]`): False on padding.
+        offset: a token's position id less its column.
+        on_round: called before each round's first token with the tree.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        generator: FSPADCandidateGenerator,
+        emitter: TokenEmitter,
+        cache: DynamicCache,
+        features: torch.Tensor,
+        prompt: torch.BoolTensor,
+        offset: int,
+        on_round: Callable[[CandidateTree], None] | None = None,
+    ):
+        self.target, self.generator, self.emitter, self.on_round = target, generator, emitter, on_round
+        self.cache, self.prompt, self.offset = cache, prompt, offset
+        self.arena = self.make_arena()
+        tokens = emitter.input_ids[:, 1:][:, prompt[0].to(emitter.input_ids.device)]
+        # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
+        self.unread = [(features[:, prompt[0].to(features.device)], tokens.cpu())]
+
+    def make_arena(self) -> ArenaCache:
+        return ArenaCache.from_dynamic(self.cache)
+
+    def close(self):
+        """Gives the host's cache what it lacks. Called also when the user's code has raised."""
+        self.arena.append_to(self.cache)
+
+    def limit(self, shape: TreeShape, max_length: int) -> TreeShape:
+        """`shape`, no deeper than may be here."""
+        text_config = self.target.text_config
+        return shape._replace(
+            depth=depth_limit(shape.depth, self.emitter.length, self.offset, max_length, text_config)
+        )
+
+    def run(self, shape: TreeShape) -> tuple[CandidateTree, list[int]]:
+        """
+        Emits a round's tokens.
+
+        Returns:
+            The tree and the path walked: the nodes at which a token was drawn, the root first.
+        """
+        if shape.depth:
+            self.accept()
+        tree = self.grow(shape)
+        logits, features, ahead = self.verify(tree)
+        if self.on_round is not None:
+            self.on_round(tree)
+        path: list[int] = []
+        try:
+            walk(tree, logits, self.emitter, path, ahead)
+        finally:
+            self.keep(path, features)
+        return tree, path
+
+    def accept(self):
+        """The draft reads what it has not read yet."""
+        features, tokens = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
+        self.unread = []
+        self.generator.accept(features, tokens)
+
+    def grow(self, shape: TreeShape) -> CandidateTree:
+        return self.generator.grow(self.root(), shape)
+
+    def root(self) -> torch.LongTensor:
+        """The last token emitted, `[1, 1]`."""
+        return torch.tensor([self.emitter.emitted[-1:]], device=self.prompt.device)
+
+    def position(self) -> int:
+        """The root's position id."""
+        return self.arena.length + self.offset
+
+    def verify(self, tree: CandidateTree) -> tuple[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]]:
+        """Logits and features at every node, and what [`walk`] calls `ahead`."""
+        prefix = functional.pad(self.prompt, (0, self.arena.length - self.prompt.shape[1]), value=True)
+        return *self.target.verify(tree, self.arena, prefix, self.position()), ()
+
+    def keep(self, path: list[int], features: torch.Tensor):
+        """Of the rows that the last forward has added keeps those of `path`."""
+        self.arena.keep(path)
+        self.unread.append((features[:, path], torch.tensor([self.emitter.emitted[-len(path) :]])))
+
+
+def depth_limit(depth: int, length: int, offset: int, max_length: int | None, text_config) -> int:
+    """
+    No deeper than tokens can still be emitted (unless `max_length` is `None`), nor past the end of a table of
+    positions, and never across the length at which a dynamic or longrope model turns its frequencies.
+    """
+    if max_length is not None:
+        depth = min(depth, max_length - length - 1)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    table = getattr(text_config, "max_position_embeddings", None)
+    if not rope and table is not None:
+        depth = min(depth, table - (length + offset))
+    for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
+        kind = parameters.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            default = getattr(text_config, "original_max_position_embeddings", None)
+            boundary = parameters.get("original_max_position_embeddings") or default
+            room = (boundary or text_config.max_position_embeddings) - (length + offset)
+            if room >= 0:
+                depth = min(depth, room)
+            elif kind == "dynamic":
+                depth = 0
+    return max(depth, 0)
