@@ -37,6 +37,8 @@ class FSPADConfig(PreTrainedConfig):
             plain. Never changes a token.
         prepack_linears: on a CPU, keep a second copy of the target's and the draft's linear weights, in the layout in
             which a forward over a few rows is quickest; costs their memory once more.
+        cuda_graphs: on CUDA, record each step of a round as a graph when it is first run and replay it afterwards, so
+            that the host no longer holds up the device; what cannot be recorded runs as ever.
         coupled_drafting: when sampling, let the draft see the noise of the coming draws. Never changes a token.
         coupling_sharpness: the factor on the draft's log-probabilities where a coupled child is chosen. A draft hedges
             between continuations that the target tells apart, so above 1 its guess of a given draw is better.
@@ -73,6 +75,7 @@ class FSPADConfig(PreTrainedConfig):
     tree_total_nodes: int = 59
     tree: str = "fixed"
     prepack_linears: bool = False
+    cuda_graphs: bool = False
     coupled_drafting: bool = True
     coupling_sharpness: int | float = 1.0
     coupling_kappa: int | float = 1.0

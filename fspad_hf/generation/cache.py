@@ -55,9 +55,8 @@ class ArenaCache(Cache):
     """
 
     def __init__(self, num_layers: int, capacity: int = 0):
-        self.length: int | torch.LongTensor = 0
+        self.length = 0
         self.least_capacity = capacity
-        self._slots: tuple = (None, 0, None)  # a length, rows, and the slots of such a forward
         self._groups: list[list[ArenaLayer]] = []
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
         super().__init__(layers=[ArenaLayer(self) for _ in range(num_layers)])
@@ -91,6 +90,16 @@ class ArenaCache(Cache):
                 mine.values[..., start : self.length, :] = layer.values
 
     @property
+    def length(self) -> int | torch.LongTensor:
+        """Positions that count."""
+        return self._length
+
+    @length.setter
+    def length(self, length: int | torch.LongTensor):
+        self._length = length
+        self._slots: tuple[int, torch.LongTensor | None] = (0, None)
+
+    @property
     def is_fixed(self) -> bool:
         """Whether shapes are those of the buffers, and `length` a tensor."""
         return isinstance(self.length, torch.Tensor)
@@ -105,11 +114,24 @@ class ArenaCache(Cache):
 
     def slots(self, rows: int) -> torch.LongTensor:
         """Where a forward puts its rows, `[rows]`; with `length` a tensor. Made once for all layers."""
-        length, known, slots = self._slots
-        if length is not self.length or known != rows:
-            slots = torch.arange(rows, device=self.length.device) + self.length
-            self._slots = self.length, rows, slots
-        return slots
+        if self._slots[0] != rows:
+            self._slots = rows, torch.arange(rows, device=self.length.device) + self.length
+        return self._slots[1]
+
+    def resized(self, capacity: int) -> "ArenaCache":
+        """An empty arena of the same layers, with room for `capacity` positions."""
+        arena = ArenaCache(len(self.layers), capacity)
+        for group, buffers in zip(self._groups, self._buffers, strict=True):
+            nothing = [buffer[0][..., :0, :] for buffer in buffers]
+            arena._allocate([arena.layers[self.layers.index(layer)] for layer in group], *nothing, 0)
+        return arena
+
+    def copy_from(self, other: "ArenaCache"):
+        """Holds what `other`, an arena of the same layers, holds."""
+        self.length = other.length
+        for pair, others in zip(self._buffers, other._buffers, strict=True):
+            for buffer, old in zip(pair, others, strict=True):
+                buffer[..., : self.length, :] = old[..., : self.length, :]
 
     def clear(self):
         """Forgets everything; the buffers stay."""

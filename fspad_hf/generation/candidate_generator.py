@@ -86,7 +86,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         new, start, device = tokens.shape[1], self.cache.length, self.draft.device
         places = torch.arange(new, device=device) + start
         mask = None
-        if self.cache.is_fixed or new > 1 and (start or self.draft.config._attn_implementation != "sdpa"):
+        if self.cache.is_fixed or (new > 1 and (start or self.draft.config._attn_implementation != "sdpa")):
             columns = torch.arange(self.cache.width(new), device=device)
             mask = additive_mask(columns <= places[:, None], self.draft.dtype)
         out = self._step(tokens, features, places[None], mask)

@@ -10,8 +10,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from .candidate_generator import FSPADCandidateGenerator
+from .graphs import make_rounds
 from .probe import probe
-from .rounds import Rounds
 from .target import Target
 from .tuning import trees_of
 from .verification import NoiseQueue, TokenEmitter
@@ -85,7 +85,7 @@ def tree_decoding(
         if not emitter.finished:
             prompt, offset = _prompt_layout(input_ids, model_kwargs)
             on_round = getattr(streamer, "on_round", None)
-            rounds = Rounds(target, generator, emitter, prefill_cache, features, prompt, offset, on_round)
+            rounds = make_rounds(target, generator, emitter, prefill_cache, features, prompt, offset, on_round)
             stack.callback(rounds.close)
             trees = trees_of(target, draft)
 

@@ -38,7 +38,7 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         model.device,
         is_compiled(model),
         torch.is_autocast_enabled(execution_device(model).type),
-        _foreign_hooks(model),
+        foreign_hooks(model),
     )
     known = model.__dict__.setdefault("_fspad_probe", {})
     if key not in known:
@@ -119,7 +119,7 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     return ProbeResult(None, use_hook, transform)
 
 
-def _foreign_hooks(model: PreTrainedModel) -> int:
+def foreign_hooks(model: PreTrainedModel) -> int:
     """How many forward hooks other than ours are on the model: one more may change what it computes."""
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     return sum(not isinstance(getattr(hook, "__self__", None), Target) for hook in hooks)

@@ -68,18 +68,22 @@ class Rounds:
         Returns:
             The tree and the path walked: the nodes at which a token was drawn, the root first.
         """
+        self.begin(shape)
         if shape.depth:
             self.accept()
         tree = self.grow(shape)
         logits, features, ahead = self.verify(tree)
         if self.on_round is not None:
-            self.on_round(tree)
+            self.on_round(tree.clone().trimmed())
         path: list[int] = []
         try:
             walk(tree, logits, self.emitter, path, ahead)
         finally:
             self.keep(path, features)
         return tree, path
+
+    def begin(self, shape: TreeShape):
+        """Makes ready for a round with such a tree."""
 
     def accept(self):
         """The draft reads what it has not read yet."""

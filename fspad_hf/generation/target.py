@@ -50,6 +50,7 @@ class Target:
         self._thread = threading.get_ident()
         self._head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._caught: list[torch.Tensor] | None = None
+        self._windows: dict[str, int | None] | None = None
 
     @contextmanager
     def listening(self):
@@ -122,9 +123,8 @@ class Target:
         if ids is None:
             logits = self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
         elif type(self.head) is nn.Linear and self.head.weight.device == features.device:
-            if self._head_rows is None:  # a copy of a few rows, for as long as the call
-                bias = self.head.bias
-                self._head_rows = self.head.weight[ids], None if bias is None else bias[ids]
+            if self._head_rows is None:
+                self._head_rows = self.take_head_rows(ids)
                 if isinstance(self.kernels, PrepackedLinears):
                     self.kernels.add(self._head_rows[0])
             # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
@@ -134,6 +134,12 @@ class Target:
         else:  # quantised, offloaded or adapted: only the module itself knows how
             logits = self.head(features)[..., ids]
         return self.logit_transform(self.text_config, logits)
+
+    def take_head_rows(self, ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """A copy of the LM head's weight and bias at `ids`; `None` of a head that is no plain `Linear`."""
+        if type(self.head) is not nn.Linear:
+            return None
+        return self.head.weight[ids], None if self.head.bias is None else self.head.bias[ids]
 
     def embed(self, tokens: torch.LongTensor) -> torch.Tensor:
         return self.embedding(tokens.to(self.device))
@@ -145,10 +151,11 @@ class Target:
 
     def _mask(self, tree: CandidateTree, prefix: torch.BoolTensor, cache: ArenaCache):
         """One mask, or one per kind of layer where the model mixes kinds."""
-        windows = attention_windows(self.text_config)
+        if self._windows is None:
+            self._windows = attention_windows(self.text_config)
         dtype = next(layer.keys.dtype for layer in cache.layers if layer.is_initialized)
         length = cache.length if cache.is_fixed else None
-        masks = {kind: tree.attention_mask(prefix, dtype, window, length) for kind, window in windows.items()}
+        masks = {kind: tree.attention_mask(prefix, dtype, window, length) for kind, window in self._windows.items()}
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -180,10 +180,8 @@ class TokenEmitter:
     def _emitted(self, token: int) -> int:
         self.emitted.append(token)
         self.length += 1
-        if self.plain_criteria:  # they look at the length and the last token: no need to wait for the device
-            ids = torch.tensor([[token]]).expand(1, self.length)
-        else:
-            ids = self.input_ids
+        # Plain criteria look at the length and the last token alone: no need to wait for the device.
+        ids = torch.tensor([[token]]).expand(1, self.length) if self.plain_criteria else self.input_ids
         self.finished = bool(self.stopping_criteria(ids, self.scores).all())
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token]))

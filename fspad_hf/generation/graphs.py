@@ -1,0 +1,487 @@
+"""The rounds of a call as CUDA graphs: the very steps that run eagerly elsewhere, recorded once and replayed.
+
+A round is three replays and one wait for the device:
+
+    draft    the draft reads the accepted tokens and grows its tree
+    verify   the target's forward over the tree and, if nothing of the user's has a say in it, the walk
+    keep     both caches and the features are left with the path
+
+Everything between them (processors of the user's, criteria, the streamer) sees each token as ever. A graph freezes
+shapes, addresses and whatever Python decides; so lengths come as tensors, attention sees whole buffers behind a mask,
+and a replay is compared with the eager forward before it is trusted.
+"""
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.utils import logging
+
+from ..modeling_fspad import FSPADDraftModel
+from .cache import ArenaCache
+from .candidate_generator import STATIC_WARPERS, FSPADCandidateGenerator
+from .probe import foreign_hooks
+from .rounds import Rounds
+from .target import Target
+from .tree import CandidateTree, TreeShape
+from .verification import TokenEmitter, walk_ahead
+
+logger = logging.get_logger(__name__)
+
+SMALLEST_BUCKET = 512  # positions; each bucket is twice the one before
+IDLE_WORKSPACES = 2  # kept for the next call
+SHAPES = 12  # tree shapes of which a workspace keeps the graphs
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; what rounding explains
+HALF_TOLERANCE = 0.1
+
+
+@dataclass
+class Graph:
+    """A captured step: what replays it, the tensors that each replay overwrites, and what it reads beside them."""
+
+    replay: Callable[[], None]
+    outputs: Any
+    keep_alive: tuple = ()
+
+
+def capture(step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """
+    Records `step`, which must have run before, as a CUDA graph.
+
+    Returns:
+        What replays it, and the outputs that each replay writes.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        outputs = step()
+    return graph.replay, outputs
+
+
+def can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+class Workspace:
+    """
+    What graphs read and write: static buffers for texts up to `capacity` positions, and the graphs themselves.
+
+    Args:
+        key: says for which pair it is good.
+        arena, draft_cache: of the target and of the draft.
+        depth: of the deepest tree.
+        width: h, of the features.
+        vocab_size: V.
+    """
+
+    def __init__(
+        self, key: tuple, arena: ArenaCache, draft_cache: ArenaCache, depth: int, width: int, vocab_size: int,
+        dtype: torch.dtype, device: torch.device,
+    ):  # fmt: skip
+        self.key, self.arena, self.draft_cache, self.depth = key, arena, draft_cache, depth
+        self.capacity = arena.capacity
+        rows = depth + 1
+        self.prefix = torch.ones(1, self.capacity, dtype=torch.bool, device=device)
+        self.state = torch.zeros(4 + rows, dtype=torch.long, device=device)
+        self.draft_length, self.length, self.position, self.count = (self.state[i : i + 1] for i in range(4))
+        self.tokens = self.state[None, 4:]  # [1, rows]: what the draft has not read, the root last
+        self.host_state = torch.zeros_like(self.state, device="cpu", pin_memory=device.type == "cuda")
+        self.features = torch.zeros(1, rows, width, dtype=dtype, device=device)  # those of `tokens`
+        self.path = torch.zeros(rows, dtype=torch.long, device=device)
+        self.noise = torch.ones(rows, vocab_size, device=device)
+        self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._graphs: OrderedDict[TreeShape, dict] = OrderedDict()
+
+    def write_state(self, draft_length: int, length: int, position: int, tokens: Sequence[int]):
+        """Tells the graphs where they are; `tokens` are those that the draft has not read, the root last."""
+        told = [draft_length, length, position, len(tokens), *tokens]
+        self.host_state[: len(told)] = torch.tensor(told)
+        self.state.copy_(self.host_state, non_blocking=True)
+
+    def graphs(self, shape: TreeShape) -> dict:
+        """The graphs of one shape of tree; those of the shapes used longest ago are freed."""
+        found = self._graphs.setdefault(shape, {})
+        self._graphs.move_to_end(shape)
+        while len(self._graphs) > SHAPES:
+            self._graphs.popitem(last=False)
+        return found
+
+    def start(self, prompt: torch.BoolTensor):
+        """For a new text."""
+        self.features.zero_()
+        self.prefix.fill_(True)
+        self.prefix[:, : prompt.shape[1]] = prompt
+
+
+class WorkspacePool:
+    """
+    The workspaces of a draft that no call uses now. It lives on the draft and goes with it; copies and pickles of the
+    draft have an empty one.
+    """
+
+    def __init__(self):
+        self.idle: list[tuple[weakref.ref, Workspace]] = []  # the target, which may be gone; used last stands last
+        self.refused: dict[tuple, str] = {}  # key: why it cannot be captured
+        self.lock = threading.Lock()
+
+    def __deepcopy__(self, memo) -> "WorkspacePool":
+        return WorkspacePool()
+
+    def __reduce__(self):
+        return WorkspacePool, ()
+
+    @classmethod
+    def of(cls, draft: FSPADDraftModel) -> "WorkspacePool":
+        return draft.__dict__.setdefault("_fspad_graphs", cls())
+
+    def take(self, key: tuple, capacity: int) -> Workspace | None:
+        """Nobody else has it until it is [`~WorkspacePool.put`] back; `None` if there is none of that size."""
+        with self.lock:
+            self.idle = [(target, one) for target, one in self.idle if target() is not None]
+            found = next((pair for pair in self.idle if pair[1].key == key and pair[1].capacity == capacity), None)
+            if found is None:
+                return None
+            self.idle.remove(found)
+            return found[1]
+
+    def put(self, workspace: Workspace, target: PreTrainedModel):
+        with self.lock:
+            self.idle = [*self.idle, (weakref.ref(target), workspace)][-IDLE_WORKSPACES:]
+
+
+@dataclass
+class Plan:
+    """
+    How a round is captured.
+
+    Args:
+        shape: of its tree.
+        noise: the draft sees the noise of the coming draws.
+        ahead: the walk is captured too.
+        nodes: what it then visited.
+    """
+
+    shape: TreeShape
+    noise: bool
+    ahead: bool
+    nodes: list[int] = field(default_factory=list)
+
+
+class GraphRounds(Rounds):
+    """
+    [`Rounds`] whose steps are replays. A round that cannot be one runs eagerly, on the same buffers.
+
+    Args:
+        pool: where workspaces come from.
+        key: of the pair, see [`pair_key`].
+    """
+
+    def __init__(self, *args, pool: WorkspacePool, key: tuple, **kwargs):
+        self.pool, self.key, self.workspace, self.plan = pool, key, None, None
+        super().__init__(*args, **kwargs)
+        emitter = self.emitter
+        plain = emitter.scores is None and emitter.raw_logits is None
+        self.can_walk = plain and all(type(p) in STATIC_WARPERS for p in emitter.logits_processor)
+        self.settings = _settings(self.generator.warpers)
+        self.is_cut = False  # the shape wanted is too deep here
+
+    def make_arena(self) -> ArenaCache:
+        config, length = self.generator.config, self.cache.get_seq_length()
+        capacity = self._bucket(length, TreeShape.of(config))
+        found = self.pool.take(self.key, capacity)
+        if found is None:
+            found = self._workspace(ArenaCache.from_dynamic(self.cache, capacity))
+        else:
+            found.arena.clear(), found.draft_cache.clear()
+            found.arena.load(self.cache)
+        self._use(found)
+        return found.arena
+
+    def close(self):
+        super().close()
+        self.pool.put(self.workspace, self.target.model)
+
+    def limit(self, shape: TreeShape, max_length: int) -> TreeShape:
+        """Near `max_length` a tree of the usual shape costs less than the graphs of another would."""
+        limited = super().limit(shape, None)
+        self.is_cut = limited != shape
+        return super().limit(shape, max_length) if self.is_cut else shape
+
+    def begin(self, shape: TreeShape):
+        if self._bucket(self.arena.length, shape) > self.workspace.capacity:
+            self._enlarge(shape)
+        self.plan = None if self.is_cut or self.key in self.pool.refused else self._plan(shape)
+
+    def _plan(self, shape: TreeShape) -> Plan:
+        noise = self.emitter.noise
+        rows = noise.peek(shape.depth + 1) if noise is not None else None
+        if rows is not None:
+            self.workspace.noise[: len(rows)] = rows
+        ahead = self.can_walk and (noise is None or rows is not None)
+        return Plan(shape, rows is not None and self.generator.noise is not None, ahead)
+
+    def accept(self):
+        if self.plan is None:
+            return super().accept()
+        workspace, most = self.workspace, self.workspace.depth + 1
+        features, tokens = self.unread[0] if len(self.unread) == 1 else (
+            torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True)
+        )  # fmt: skip
+        early = max(tokens.shape[1] - most, 0)
+        if early:
+            self.generator.accept(features[:, :early], tokens[:, :early])
+        features, tokens = features[:, early:], tokens[:, early:]
+        if features.data_ptr() != workspace.features.data_ptr():
+            workspace.features[:, : features.shape[1]] = features
+        self.unread = [(features, tokens)]  # until the graph has read it
+
+    def grow(self, shape: TreeShape) -> CandidateTree:
+        plan, workspace = self.plan, self.workspace
+        if plan is None:
+            return super().grow(shape)
+        start = self.generator.cache.length
+        tokens = self.unread[0][1][0].tolist() if shape.depth else self.emitter.emitted[-1:]
+        workspace.write_state(start, self.arena.length, self.position(), tokens)
+        root = workspace.tokens[:, :1]
+        if not shape.depth:
+            return CandidateTree.root(root)
+        drafted = self._replayed("draft", self._draft, self.generator.warpers)
+        if drafted is None:  # it could not be captured
+            super().accept()
+            return super().grow(shape)
+        self.unread = []
+        self.generator.cache.length = start + len(tokens)
+        return drafted.outputs
+
+    def verify(self, tree: CandidateTree):
+        plan = self.plan
+        if plan is None:
+            return super().verify(tree)
+        name = "walk" if plan.ahead else "verify"
+        known = self.workspace.graphs(plan.shape)
+        expected = None if self._name(name) in known else super().verify(tree.clone())
+        verified = self._replayed(name, lambda: self._verify(tree), self.emitter.logits_processor)
+        if verified is None:
+            return expected
+        logits, features, drawn = verified.outputs
+        if expected is not None and (difference := _difference(logits, expected[0])):
+            known.clear()
+            self._refuse(f"a replay's logits are off by {difference}")
+            return expected
+        ahead = ()
+        if plan.ahead:
+            count, sound, *drawn = drawn.tolist()  # the round's one wait for the device
+            plan.nodes = drawn[:count] if sound else []
+            ahead = tuple(zip(plan.nodes, drawn[len(drawn) // 2 :], strict=False))
+        return logits, features, ahead
+
+    def keep(self, path: list[int], features: torch.Tensor):
+        plan, workspace = self.plan, self.workspace
+        if plan is None:
+            return super().keep(path, features)
+        self.unread = [(self._own(older), tokens) for older, tokens in self.unread]  # plain steps before this one
+        if path != plan.nodes[: len(path)]:
+            workspace.path[: len(path)] = torch.tensor(path)
+        if self._replayed("keep", lambda: self._keep(features)) is None:
+            self.arena.gather(torch.tensor(path, device=workspace.path.device))
+            workspace.features[:, : len(path)] = features[:, path]
+        self.arena.length += len(path)
+        self.unread.append((workspace.features[:, : len(path)], torch.tensor([self.emitter.emitted[-len(path) :]])))
+
+    def _own(self, features: torch.Tensor) -> torch.Tensor:
+        """A copy of what the next replay would overwrite."""
+        return features.clone() if features.data_ptr() == self.workspace.features.data_ptr() else features
+
+    def _draft(self) -> CandidateTree:
+        workspace, plan = self.workspace, self.plan
+        self.generator.accept(workspace.features, workspace.tokens, workspace.count)
+        root = workspace.tokens[:, workspace.count - 1]
+        return self.generator.grow_padded(root, plan.shape, workspace.noise if plan.noise else None)
+
+    def _verify(self, tree: CandidateTree):
+        workspace, plan, drawn = self.workspace, self.plan, None
+        logits, features = self.target.verify(tree, self.arena, workspace.prefix, workspace.position)
+        if plan.ahead:
+            rows = workspace.noise if self.emitter.noise is not None else None
+            drawn = walk_ahead(tree, logits, self.emitter.logits_processor, rows, plan.shape.depth)
+            workspace.path[: plan.shape.depth + 1] = drawn[2 : 3 + plan.shape.depth]
+        return logits, features, drawn
+
+    def _keep(self, features: torch.Tensor):
+        self.arena.gather(self.workspace.path)
+        self.workspace.features.copy_(features[:, self.workspace.path])
+
+    def _name(self, name: str) -> tuple:
+        """What a graph of the plan's shape depends on beside it."""
+        plan, config = self.plan, self.generator.config
+        if name == "keep":
+            return (name, *self._name("walk" if plan.ahead else "verify"))
+        drafted = plan.noise, config.coupling_kappa, config.coupling_sharpness, self.settings
+        return name, drafted, self.emitter.noise is not None
+
+    def _replayed(self, name: str, step: Callable[[], Any], *keep_alive) -> Graph | None:
+        """Replays the graph of `step`, having captured it if there is none; without success the plan is given up."""
+        known, key = self.workspace.graphs(self.plan.shape), self._name(name)
+        if key not in known:
+            try:
+                self._warm_up(name, step)
+                with self._fixed():
+                    known[key] = Graph(*capture(step, self.target.device), keep_alive)
+            except torch.OutOfMemoryError:
+                raise
+            except (RuntimeError, NotImplementedError) as error:
+                self._refuse(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
+                return None
+        known[key].replay()
+        return known[key]
+
+    def _warm_up(self, name: str, step: Callable[[], Any]):
+        """Runs the step once; but for "keep", which moves rows, a step may be run as often as one likes."""
+        path = self.workspace.path
+        before = path.clone()
+        if name == "keep":
+            path.copy_(torch.arange(len(path)))
+        with self._fixed():
+            step()
+        path.copy_(before)
+
+    @contextmanager
+    def _fixed(self):
+        """Lengths are tensors inside."""
+        workspace, cache = self.workspace, self.generator.cache
+        lengths = self.arena.length, cache.length
+        self.arena.length, cache.length = workspace.length, workspace.draft_length
+        try:
+            yield
+        finally:
+            self.arena.length, cache.length = lengths
+
+    def _refuse(self, reason: str):
+        self.pool.refused[self.key] = reason
+        self.plan = None
+        logger.warning_once(f"The rounds of {type(self.target.model).__name__} run without CUDA graphs: {reason}")
+
+    def _bucket(self, length: int, shape: TreeShape) -> int:
+        """The capacity for a round behind `length` tokens: no more than twice of what it needs."""
+        depth = self.generator.config.tree_depth
+        drafted = depth + 1 + max(shape.depth - 1, 0) * shape.top_k
+        needed = length + max(drafted, shape.total_nodes + 1, depth + 1) + 1
+        return max(SMALLEST_BUCKET, 1 << (needed - 1).bit_length())
+
+    def _enlarge(self, shape: TreeShape):
+        small, capacity = self.workspace, self._bucket(self.arena.length, shape)
+        found = self.pool.take(self.key, capacity)
+        if found is None:
+            found = self._workspace(self.arena.resized(capacity))
+        found.arena.copy_from(small.arena)
+        found.draft_cache.copy_from(small.draft_cache)
+        self.unread = [(self._own(features), tokens) for features, tokens in self.unread]
+        self._use(found)
+        self.arena = found.arena
+        self.pool.put(small, self.target.model)
+
+    def _workspace(self, arena: ArenaCache) -> Workspace:
+        draft, config, device = self.generator.draft, self.generator.config, self.target.device
+        cache = ArenaCache(1, arena.capacity)
+        nothing = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim, dtype=draft.dtype, device=device)
+        cache.layers[0].lazy_initialization(nothing, nothing)
+        vocab_size = self.target.text_config.vocab_size
+        return Workspace(
+            self.key, arena, cache, config.tree_depth, config.hidden_size, vocab_size, draft.dtype, device
+        )
+
+    def _use(self, workspace: Workspace):
+        self.workspace, self.generator.cache = workspace, workspace.draft_cache
+        workspace.start(self.prompt)
+        ids = self.generator.draft.draft_vocab_ids
+        if ids is not None:  # the target's head may have changed since the last call
+            fresh = self.target.take_head_rows(ids)
+            if workspace.head_rows is None:
+                workspace.head_rows = fresh
+            elif fresh is not None:
+                for mine, new in zip(workspace.head_rows, fresh, strict=True):
+                    if mine is not None:
+                        mine.copy_(new)
+            self.target._head_rows = workspace.head_rows
+
+
+def make_rounds(
+    target: Target,
+    generator: FSPADCandidateGenerator,
+    emitter: TokenEmitter,
+    cache: DynamicCache,
+    features: torch.Tensor,
+    *args,
+) -> Rounds:
+    """The rounds of a call, captured if the draft's configuration wants it and they can be. Arguments as of `Rounds`."""
+    draft = generator.draft
+    if not draft.config.cuda_graphs:
+        return Rounds(target, generator, emitter, cache, features, *args)
+    reason = why_no_graphs(target, draft, features)
+    if reason is not None:
+        logger.warning_once(f"The rounds of {type(target.model).__name__} run without CUDA graphs: {reason}")
+        return Rounds(target, generator, emitter, cache, features, *args)
+    pool, key = WorkspacePool.of(draft), pair_key(target, draft)
+    return GraphRounds(target, generator, emitter, cache, features, *args, pool=pool, key=key)
+
+
+def why_no_graphs(target: Target, draft: FSPADDraftModel, features: torch.Tensor) -> str | None:
+    """
+    Why a pair's rounds are not captured; `None` if they are. Cheap: it is asked at each call.
+
+    Args:
+        features: any of the target's.
+    """
+    model, device = target.model, target.device
+    modules = list(model.modules())
+    strangers = sorted({type(m).__module__ for m in modules} - {m for m in map(_home, modules) if m})
+    rules = {
+        f"they are on {device.type}": not can_capture(device),
+        "the draft is in another dtype or on another device": (draft.dtype, draft.device) != (features.dtype, device),
+        "the target is compiled": not target.use_hook,
+        "the target is on several devices": any(p.device != device for p in model.parameters()),
+        f"the target has modules of {', '.join(strangers)}": bool(strangers),
+        "hooks are on the target": foreign_hooks(model) > 0,
+        "a module of the target has a forward of its own": any("forward" in m.__dict__ for m in modules),
+        "autocast is on": torch.is_autocast_enabled(device.type),
+    }
+    return next((reason for reason, holds in rules.items() if holds), None)
+
+
+def _home(module: torch.nn.Module) -> str | None:
+    """Its Python module, if that is one whose forward depends on tensors alone."""
+    name = type(module).__module__
+    return name if name.split(".")[0] in ("torch", "transformers") else None
+
+
+def pair_key(target: Target, draft: FSPADDraftModel) -> tuple:
+    """What a graph has frozen of a pair: where its weights lie, and how attention is computed."""
+    model = target.model
+    where = tuple(t.data_ptr() for m in (model, draft) for t in (*m.parameters(), *m.buffers()))
+    attention = target.text_config._attn_implementation, draft.config._attn_implementation
+    return where, attention, model.dtype, target.device, TreeShape.of(draft.config)
+
+
+def _settings(processors: LogitsProcessorList) -> tuple:
+    """What a graph freezes of processors."""
+    return tuple(
+        (type(p).__name__, tuple((k, float(v)) for k, v in sorted(vars(p).items()) if v is not None))
+        for p in processors
+    )
+
+
+def _difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:
+    """By how much logits differ, where rounding does not explain it."""
+    tolerance = TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
+    found, expected = found.float(), expected.float()
+    most = float(expected.abs().max())
+    difference = float((found - expected).abs().max())
+    if difference <= most * tolerance:
+        return None
+    return f"{difference:.3g} of {most:.3g}"
