@@ -11,16 +11,13 @@ shapes, addresses and whatever Python decides; so lengths come as tensors, atten
 and a replay is compared with the eager forward before it is trusted.
 """
 
-import threading
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
@@ -32,23 +29,13 @@ from .rounds import Rounds
 from .target import Target
 from .tree import CandidateTree, TreeShape
 from .verification import TokenEmitter, walk_ahead
+from .workspace import Graph, Workspace, WorkspacePool
 
 logger = logging.get_logger(__name__)
 
 SMALLEST_BUCKET = 512  # positions; each bucket is twice the one before
-IDLE_WORKSPACES = 2  # kept for the next call
-SHAPES = 12  # tree shapes of which a workspace keeps the graphs
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; what rounding explains
 HALF_TOLERANCE = 0.1
-
-
-@dataclass
-class Graph:
-    """A captured step: what replays it, the tensors that each replay overwrites, and what it reads beside them."""
-
-    replay: Callable[[], None]
-    outputs: Any
-    keep_alive: tuple = ()
 
 
 def capture(step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
@@ -68,93 +55,6 @@ def can_capture(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-class Workspace:
-    """
-    What graphs read and write: static buffers for texts up to `capacity` positions, and the graphs themselves.
-
-    Args:
-        key: says for which pair it is good.
-        arena, draft_cache: of the target and of the draft.
-        depth: of the deepest tree.
-        width: h, of the features.
-        vocab_size: V.
-    """
-
-    def __init__(
-        self, key: tuple, arena: ArenaCache, draft_cache: ArenaCache, depth: int, width: int, vocab_size: int,
-        dtype: torch.dtype, device: torch.device,
-    ):  # fmt: skip
-        self.key, self.arena, self.draft_cache, self.depth = key, arena, draft_cache, depth
-        self.capacity = arena.capacity
-        rows = depth + 1
-        self.prefix = torch.ones(1, self.capacity, dtype=torch.bool, device=device)
-        self.state = torch.zeros(4 + rows, dtype=torch.long, device=device)
-        self.draft_length, self.length, self.position, self.count = (self.state[i : i + 1] for i in range(4))
-        self.tokens = self.state[None, 4:]  # [1, rows]: what the draft has not read, the root last
-        self.host_state = torch.zeros_like(self.state, device="cpu", pin_memory=device.type == "cuda")
-        self.features = torch.zeros(1, rows, width, dtype=dtype, device=device)  # those of `tokens`
-        self.path = torch.zeros(rows, dtype=torch.long, device=device)
-        self.noise = torch.ones(rows, vocab_size, device=device)
-        self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._graphs: OrderedDict[TreeShape, dict] = OrderedDict()
-
-    def write_state(self, draft_length: int, length: int, position: int, tokens: Sequence[int]):
-        """Tells the graphs where they are; `tokens` are those that the draft has not read, the root last."""
-        told = [draft_length, length, position, len(tokens), *tokens]
-        self.host_state[: len(told)] = torch.tensor(told)
-        self.state.copy_(self.host_state, non_blocking=True)
-
-    def graphs(self, shape: TreeShape) -> dict:
-        """The graphs of one shape of tree; those of the shapes used longest ago are freed."""
-        found = self._graphs.setdefault(shape, {})
-        self._graphs.move_to_end(shape)
-        while len(self._graphs) > SHAPES:
-            self._graphs.popitem(last=False)
-        return found
-
-    def start(self, prompt: torch.BoolTensor):
-        """For a new text."""
-        self.features.zero_()
-        self.prefix.fill_(True)
-        self.prefix[:, : prompt.shape[1]] = prompt
-
-
-class WorkspacePool:
-    """
-    The workspaces of a draft that no call uses now. It lives on the draft and goes with it; copies and pickles of the
-    draft have an empty one.
-    """
-
-    def __init__(self):
-        self.idle: list[tuple[weakref.ref, Workspace]] = []  # the target, which may be gone; used last stands last
-        self.refused: dict[tuple, str] = {}  # key: why it cannot be captured
-        self.lock = threading.Lock()
-
-    def __deepcopy__(self, memo) -> "WorkspacePool":
-        return WorkspacePool()
-
-    def __reduce__(self):
-        return WorkspacePool, ()
-
-    @classmethod
-    def of(cls, draft: FSPADDraftModel) -> "WorkspacePool":
-        return draft.__dict__.setdefault("_fspad_graphs", cls())
-
-    def take(self, key: tuple, capacity: int) -> Workspace | None:
-        """Nobody else has it until it is [`~WorkspacePool.put`] back; `None` if there is none of that size."""
-        with self.lock:
-            self.idle = [(target, one) for target, one in self.idle if target() is not None]
-            found = next((pair for pair in self.idle if pair[1].key == key and pair[1].capacity == capacity), None)
-            if found is None:
-                return None
-            self.idle.remove(found)
-            return found[1]
-
-    def put(self, workspace: Workspace, target: PreTrainedModel):
-        with self.lock:
-            self.idle = [*self.idle, (weakref.ref(target), workspace)][-IDLE_WORKSPACES:]
-
-
 @dataclass
 class Plan:
     """
@@ -171,6 +71,11 @@ class Plan:
     noise: bool
     ahead: bool
     nodes: list[int] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """The most tokens that the round can draw, and rows that it can keep."""
+        return 1 + min(self.shape.depth, self.shape.total_nodes)
 
 
 class GraphRounds(Rounds):
@@ -265,15 +170,16 @@ class GraphRounds(Rounds):
             return super().verify(tree)
         name = "walk" if plan.ahead else "verify"
         known = self.workspace.graphs(plan.shape)
-        expected = None if self._name(name) in known else super().verify(tree.clone())
+        expected = None if self._name(name) in known else super().verify(tree.clone())[0]
         verified = self._replayed(name, lambda: self._verify(tree), self.emitter.logits_processor)
-        if verified is None:
-            return expected
+        if verified is not None and expected is not None:
+            difference = _difference(verified.outputs[0], expected)
+            if difference is not None:
+                known.clear()
+                self._refuse(f"a replay's logits are off by {difference}")
+        if self.plan is None:
+            return super().verify(tree)  # once more: the attempt has overwritten the caches' rows
         logits, features, drawn = verified.outputs
-        if expected is not None and (difference := _difference(logits, expected[0])):
-            known.clear()
-            self._refuse(f"a replay's logits are off by {difference}")
-            return expected
         ahead = ()
         if plan.ahead:
             count, sound, *drawn = drawn.tolist()  # the round's one wait for the device
@@ -287,7 +193,7 @@ class GraphRounds(Rounds):
             return super().keep(path, features)
         self.unread = [(self._own(older), tokens) for older, tokens in self.unread]  # plain steps before this one
         if path != plan.nodes[: len(path)]:
-            workspace.path[: len(path)] = torch.tensor(path)
+            workspace.path[: plan.rows] = torch.tensor(path + [0] * (plan.rows - len(path)))
         if self._replayed("keep", lambda: self._keep(features)) is None:
             self.arena.gather(torch.tensor(path, device=workspace.path.device))
             workspace.features[:, : len(path)] = features[:, path]
@@ -309,13 +215,14 @@ class GraphRounds(Rounds):
         logits, features = self.target.verify(tree, self.arena, workspace.prefix, workspace.position)
         if plan.ahead:
             rows = workspace.noise if self.emitter.noise is not None else None
-            drawn = walk_ahead(tree, logits, self.emitter.logits_processor, rows, plan.shape.depth)
-            workspace.path[: plan.shape.depth + 1] = drawn[2 : 3 + plan.shape.depth]
+            drawn = walk_ahead(tree, logits, self.emitter.logits_processor, rows, plan.rows - 1)
+            workspace.path[: plan.rows] = drawn[2 : 2 + plan.rows]
         return logits, features, drawn
 
     def _keep(self, features: torch.Tensor):
-        self.arena.gather(self.workspace.path)
-        self.workspace.features.copy_(features[:, self.workspace.path])
+        path = self.workspace.path[: self.plan.rows]
+        self.arena.gather(path)
+        self.workspace.features[:, : self.plan.rows] = features[:, path]
 
     def _name(self, name: str) -> tuple:
         """What a graph of the plan's shape depends on beside it."""
@@ -419,7 +326,7 @@ def make_rounds(
     features: torch.Tensor,
     *args,
 ) -> Rounds:
-    """The rounds of a call, captured if the draft's configuration wants it and they can be. Arguments as of `Rounds`."""
+    """The rounds of a call: captured, if the draft's configuration wants it and they can be."""
     draft = generator.draft
     if not draft.config.cuda_graphs:
         return Rounds(target, generator, emitter, cache, features, *args)

@@ -43,9 +43,9 @@ class Rounds:
         self.target, self.generator, self.emitter, self.on_round = target, generator, emitter, on_round
         self.cache, self.prompt, self.offset = cache, prompt, offset
         self.arena = self.make_arena()
-        tokens = emitter.input_ids[:, 1:][:, prompt[0].to(emitter.input_ids.device)]
+        shown = prompt[0].cpu().nonzero()[:, 0]
         # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
-        self.unread = [(features[:, prompt[0].to(features.device)], tokens.cpu())]
+        self.unread = [(features[:, shown.to(features.device)], emitter.input_ids.cpu()[:, shown + 1])]
 
     def make_arena(self) -> ArenaCache:
         return ArenaCache.from_dynamic(self.cache)

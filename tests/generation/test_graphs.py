@@ -1,20 +1,28 @@
 """Captured rounds, by a recorder in a graph's place: the same tokens, whatever Python would have decided anew."""
 
 import copy
+import functools
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from transformers.generation.streamers import BaseStreamer
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.generation import graphs
+from fspad_hf.generation import decoding, graphs, tuning
 from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
-from fspad_hf.generation.graphs import WorkspacePool
-from fspad_hf.generation.tree import CandidateTree
+from fspad_hf.generation.graphs import GraphRounds, Plan
+from fspad_hf.generation.target import Target
+from fspad_hf.generation.tree import CandidateTree, TreeShape
+from fspad_hf.generation.workspace import IDLE_WORKSPACES, WorkspacePool
+from fspad_hf.host import CACHE
 
 from .. import tiny
 from ..conftest import fresh_draft, rng_state
@@ -40,7 +48,7 @@ def captured(monkeypatch):
 
 @pytest.fixture
 def teach(monkeypatch):
-    """`teach(reference, accuracy, vocab_size)`: trees that hold the reference's next tokens, scattered over the slots."""
+    """`teach(reference, accuracy, vocab_size)`: trees with the reference's next tokens, scattered over the slots."""
 
     def use(reference, accuracy, vocab_size):
         truth = torch.tensor([*reference, *[0] * 64])
@@ -109,3 +117,316 @@ def test_the_same_tokens(check, prompt, name, settings):
     model = tiny.build(name, "eager" if name in ("gemma2", "gpt_oss") else "sdpa")
     _, _, fast = check(model, prompt, **settings)
     assert fast.speculation.tau > 2
+
+
+def test_left_padding(check, prompt):
+    ids = torch.cat((torch.zeros(1, 4, dtype=torch.long), prompt), dim=-1)
+    check(tiny.build("llama"), ids, attention_mask=(torch.arange(13) >= 4).long()[None], **SAMPLED)
+
+
+class DrawingProcessor(LogitsProcessor):
+    """The user's own: it looks at the tokens before and draws from the global generator."""
+
+    def __call__(self, input_ids, scores):
+        return scores + 0.3 * torch.rand(1) * (torch.arange(scores.shape[-1]) == (input_ids[0, -1] + 1) % 64)
+
+
+class DrawingStreamer(BaseStreamer):
+    def __init__(self):
+        self.seen = []
+
+    def put(self, value):
+        self.seen += value.flatten().tolist()
+        if len(self.seen) % 3 == 0:
+            torch.rand(1)
+
+    def end(self):
+        self.seen.append("end")
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: {"repetition_penalty": 1.3},
+        lambda: {"no_repeat_ngram_size": 2},
+        lambda: {"logits_processor": LogitsProcessorList([DrawingProcessor()])},
+        lambda: {"streamer": DrawingStreamer()},
+        lambda: {
+            "stopping_criteria": [lambda ids, scores, **_: torch.full((1,), ids.shape[1] > 30 and ids[0, -1] > 9)]
+        },
+        lambda: {"output_scores": True, "output_logits": True},
+    ],
+    ids=["penalty", "ngrams", "processor", "streamer", "criterion", "scores"],
+)
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_code_between_the_graphs(check, prompt, make, settings):
+    made = []
+
+    def each():
+        made.append(make())
+        return made[-1]
+
+    _, plain, fast = check(tiny.build("llama"), prompt, each=each, **settings)
+    if "streamer" in made[0]:
+        assert made[0]["streamer"].seen == made[-1]["streamer"].seen
+    if "output_scores" in made[0]:
+        for ours, theirs in ((fast.scores, plain.scores), (fast.logits, plain.logits)):
+            assert len(ours) == len(theirs)
+            torch.testing.assert_close(torch.cat(ours), torch.cat(theirs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_eos_within_a_path(check, prompt, settings):
+    model = tiny.build("llama")
+    torch.manual_seed(3)
+    plain = model.generate(prompt, max_new_tokens=40, eos_token_id=None, pad_token_id=0, **settings)
+    for place in (10, 11, 13, 20):
+        _, plain_too, _ = check(model, prompt, eos_token_id=[int(plain[0, place]), 63], **settings)
+        assert plain_too.sequences.shape[1] <= place + 1
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
+def test_a_text_outgrows_its_buckets(check, prompt, name):
+    draft, *_ = check(tiny.build(name), prompt, max_new_tokens=140, accuracies=(0.9,), **SAMPLED)
+    assert [one.capacity for _, one in WorkspacePool.of(draft).idle] == [128, 256]
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("overrides", [{}, {"draft_vocab_size": 30}, {"coupled_drafting": False}], ids=str)
+def test_the_drafts_own_trees(captured, prompt, overrides, settings):
+    """The same trees as without graphs: the same accepted lengths."""
+    model = tiny.build("llama")
+    shape = {"tree_depth": 3, "tree_top_k": 4, "tree_total_nodes": 11}
+    found = []
+    for cuda_graphs in (False, True):
+        draft = fresh_draft(model, **shape, **overrides, cuda_graphs=cuda_graphs)
+        torch.manual_seed(0)
+        for _ in range(2):
+            out = model.generate(
+                prompt, assistant_model=draft, max_new_tokens=60, eos_token_id=None, pad_token_id=0,
+                return_dict_in_generate=True, top_k=64, **settings,
+            )  # fmt: skip
+        found.append((out.sequences.tolist(), out.speculation.accepted_lengths[:-4]))
+    assert found[0][0] == found[1][0]
+    assert found[0][1] == found[1][1][: len(found[0][1])]  # near the end the trees of eager rounds are shallower
+    assert captured and not WorkspacePool.of(draft).refused
+
+
+def generate(model, draft, prompt, **kwargs):
+    return model.generate(
+        prompt, assistant_model=draft, max_new_tokens=30, eos_token_id=None, pad_token_id=0, **kwargs
+    )
+
+
+def test_a_second_call_captures_nothing_and_follows_changed_weights(captured, prompt):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True, draft_vocab_size=40)
+    generate(model, draft, prompt)
+    before = len(captured)
+    assert before == 3  # draft, walk, keep
+    for change in (
+        lambda: None,
+        lambda: model.lm_head.weight.mul_(-1),
+        lambda: model.model.layers[0].mlp.up_proj.weight.zero_(),
+    ):
+        with torch.no_grad():
+            change()
+        plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+        assert generate(model, draft, prompt).tolist() == plain.tolist() and len(captured) == before
+    other = tiny.build("llama", seed=1).model.layers[1]
+    model.model.layers[1] = other  # other addresses: the graphs are another pair's
+    plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    assert generate(model, draft, prompt).tolist() == plain.tolist() and len(captured) == before + 3
+
+
+def test_other_settings_are_other_graphs(captured, prompt):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    for settings in (
+        {},
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.3},
+        {"do_sample": True, "top_k": 3},
+    ):
+        for _ in range(2):
+            torch.manual_seed(4)
+            plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0, **settings)
+            torch.manual_seed(4)
+            assert generate(model, draft, prompt, **settings).tolist() == plain.tolist()
+    assert len(captured) == 12
+
+
+def test_a_model_that_reads_the_length_in_python_is_found_out(check, prompt, caplog):
+    model = tiny.build("llama")
+    original = LlamaForCausalLM.forward
+
+    class Peeping(LlamaForCausalLM):
+        @functools.wraps(original)
+        def forward(self, *args, **kwargs):
+            if kwargs.get("position_ids") is not None and kwargs[CACHE] is not None:
+                kwargs["position_ids"] = kwargs["position_ids"] + kwargs[CACHE].get_seq_length() // 8
+            return original(self, *args, **kwargs)
+
+    Peeping.__module__ = "transformers.models.peeping"
+    model.__class__ = Peeping
+    draft = fresh_draft(model, cuda_graphs=True)
+    before = generate(model, fresh_draft(model), prompt)
+    assert generate(model, draft, prompt).tolist() == before.tolist()
+    (reason,) = WorkspacePool.of(draft).refused.values()
+    assert "a replay's logits are off by" in reason
+
+
+def test_what_cannot_be_captured_runs_eagerly(check, prompt):
+    model = tiny.build("llama")
+    model.model.rotary_emb.rope_type = "dynamic"  # looks at the largest position
+    draft, *_ = check(model, prompt, refused=True, draft=fresh_draft(model, cuda_graphs=True), accuracies=(0.9,))
+    (reason,) = WorkspacePool.of(draft).refused.values()
+    assert "capturing" in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda model: model.model.layers[0].register_forward_hook(lambda *_: None), "hooks are on the target"),
+        (lambda model: setattr(model.lm_head, "forward", model.lm_head.forward), "a forward of its own"),
+        (lambda model: setattr(model.model, "norm", Stranger()), "modules of tests"),
+        (lambda model: model.double(), "another dtype"),
+    ],
+    ids=["hook", "forward", "stranger", "dtype"],
+)
+def test_a_target_that_is_not_captured(captured, prompt, change, reason):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    change(model)
+    target = Target(model)
+    assert reason in graphs.why_no_graphs(target, draft, torch.zeros(1, dtype=model.dtype))
+    plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    assert generate(model, draft, prompt).tolist() == plain.tolist() and not captured
+
+
+class Stranger(torch.nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states
+
+
+def test_on_a_cpu_there_are_no_graphs(prompt):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    assert generate(model, draft, prompt).tolist() == plain.tolist() and "_fspad_graphs" not in vars(draft)
+
+
+def test_workspaces_go_with_the_draft(captured, prompt, tmp_path):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    for length in range(4, 200, 28):
+        ids = torch.randint(3, 64, (1, length), generator=torch.Generator().manual_seed(length))
+        generate(model, draft, ids)
+    pool = WorkspacePool.of(draft)
+    assert len(pool.idle) == IDLE_WORKSPACES
+    copied = copy.deepcopy(draft)
+    assert not WorkspacePool.of(copied).idle and not pickle.loads(pickle.dumps(pool)).idle
+    draft.save_pretrained(tmp_path)
+    assert FSPADDraftModel.from_pretrained(tmp_path).config.cuda_graphs
+    seen = [weakref.ref(one) for _, one in pool.idle] + [weakref.ref(one.arena) for _, one in pool.idle]
+    del draft, pool
+    captured.clear()
+    gc.collect()
+    assert all(one() is None for one in seen)
+
+
+def test_workspaces_do_not_keep_a_target(captured, prompt):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    generate(model, draft, prompt)
+    gone = weakref.ref(model)
+    del model
+    captured.clear()
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_call_within_a_call_has_a_workspace_of_its_own(captured, prompt):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    inner = []
+
+    class Nested(BaseStreamer):
+        def put(self, value):
+            if len(inner) < 4:
+                inner.append(None)
+                inner[-1] = generate(model, draft, prompt).tolist()
+
+        def end(self):
+            pass
+
+    assert generate(model, draft, prompt, streamer=Nested()).tolist() == plain.tolist()
+    assert len(inner) == 4 and all(one == plain.tolist() for one in inner)
+
+
+def test_trees_of_many_shapes(captured, prompt, monkeypatch):
+    """`tree="auto"`, with costs at which every size is tried, plain steps among them."""
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True, tree="auto", tree_depth=3, tree_top_k=3, tree_total_nodes=8)
+    shapes = [TreeShape(*shape) for shape in ((3, 3, 8), (0, 0, 0), (0, 0, 0), (2, 2, 4), (1, 3, 3), (0, 0, 0))]
+
+    class Turns(tuning.FixedTrees):
+        def __init__(self, *_):
+            self.rounds = 0
+
+        def choose(self):
+            self.rounds += 1
+            return shapes[self.rounds % len(shapes)]
+
+    monkeypatch.setattr(decoding, "trees_of", Turns)
+    for settings in ({}, {"do_sample": True}):
+        torch.manual_seed(1)
+        plain = model.generate(prompt, max_new_tokens=50, eos_token_id=None, pad_token_id=0, **settings)
+        torch.manual_seed(1)
+        fast = model.generate(
+            prompt, assistant_model=draft, max_new_tokens=50, eos_token_id=None, pad_token_id=0, **settings
+        )
+        assert fast.tolist() == plain.tolist()
+    assert not WorkspacePool.of(draft).refused and len(captured) > 12
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses what a capture on CUDA refuses beside waiting: copies between host and device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor) and t.dim()]
+        assert all(t.device.type == "meta" for t in tensors), func
+        return result
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", "gpt2"])
+def test_a_step_copies_nothing_between_host_and_device(name):
+    """On the meta device, where a look at a value raises, and tensors of the CPU are the host's."""
+    model = tiny.build(name).to("meta")
+    draft = fresh_draft(model, draft_vocab_size=40, tree_depth=3, tree_top_k=3, tree_total_nodes=9).to("meta")
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9)])
+    with torch.device("meta"):
+        ids, cache = torch.zeros(1, 7, dtype=torch.long), DynamicCache(config=model.config.get_text_config())
+        target = Target(model)
+        target.device = torch.device("meta")
+        generator = FSPADCandidateGenerator(draft, target, warpers)
+        with target.listening(), target._armed() as caught, torch.no_grad():
+            model(ids, use_cache=True, **{CACHE: cache})
+            features = target._features(None, caught)
+    emitter = SimpleNamespace(input_ids=torch.zeros(1, 8, dtype=torch.long), emitted=[1], noise=True)
+    emitter.scores = emitter.raw_logits = None
+    emitter.logits_processor = warpers
+    prompt = torch.ones(1, 7, dtype=torch.bool)
+    rounds = GraphRounds(target, generator, emitter, cache, features, prompt, 0, pool=WorkspacePool(), key=())
+    rounds.plan = Plan(TreeShape.of(draft.config), noise=True, ahead=True)
+    generator.accept(features, ids)
+    with target.listening(), NothingFromTheHost(), torch.no_grad():
+        with rounds._fixed():
+            tree = rounds._draft()
+        with rounds._fixed():
+            logits, features, drawn = rounds._verify(tree)
+        with rounds._fixed():
+            rounds._keep(features)
+    assert tree.tokens.shape == (1, 10) and logits.shape == (1, 10, 64) and drawn.shape == (2 + 2 * 4,)
