@@ -12,7 +12,6 @@ from transformers.cache_utils import DynamicCache
 from ..configuration_fspad import FSPADConfig
 from ..generation.cache import ArenaCache
 from ..generation.probe import probe
-from ..generation.target import Target
 from ..generation.tree import CandidateTree
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
@@ -94,7 +93,7 @@ class VerifyCost:
     def __init__(self, model: PreTrainedModel, input_ids: torch.LongTensor, rows: Sequence[int]):
         found = probe(model)
         self.rows, self.seconds = tuple(rows), {count: [] for count in rows}
-        self.target = Target(model, found.use_hook, found.logit_transform)
+        self.target = found.view(model)
         self.prefix = torch.ones_like(input_ids, dtype=torch.bool)
         cache = DynamicCache(config=self.target.text_config)
         model.get_decoder()(input_ids=input_ids, use_cache=True, **{CACHE: cache})

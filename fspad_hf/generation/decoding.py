@@ -12,7 +12,6 @@ from ..modeling_fspad import FSPADDraftModel
 from .candidate_generator import FSPADCandidateGenerator
 from .graphs import make_rounds
 from .probe import probe
-from .target import Target
 from .tuning import trees_of
 from .verification import NoiseQueue, TokenEmitter
 
@@ -67,7 +66,7 @@ def tree_decoding(
         input_ids (`[1, prompt]`): the prompt; `model_kwargs` are as `generate` prepares them.
     """
     found = probe(model)
-    target = Target(model, found.use_hook, found.logit_transform, draft.config.prepack_linears)
+    target = found.view(model, draft.config.prepack_linears)
     noise = None
     if generation_config.do_sample:
         noise = NoiseQueue(input_ids.device, target.text_config.vocab_size)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+
+from .stand_ins import StandIns
 
 ROWS = 8  # the layout is chosen for about so many
 
@@ -35,11 +36,11 @@ class PackedWeights(dict):
         return PackedWeights, ()
 
 
-class PrepackedLinears(TorchFunctionMode):
-    """Within it, and in its thread alone, `linear` of a packed weight runs on the packed copy."""
+class PrepackedLinears(StandIns):
+    """Within it `linear` of a packed weight runs on the packed copy."""
 
     def __init__(self, weights: dict[int, PackedWeight]):
-        super().__init__()
+        super().__init__({nn.functional.linear: self._linear})
         self.weights = weights
 
     def add(self, weight: torch.Tensor):
@@ -47,13 +48,12 @@ class PrepackedLinears(TorchFunctionMode):
         if _can_pack(weight):
             self.weights[id(weight)] = PackedWeight.of(weight)
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear and len(args) >= 2:
-            found = self.weights.get(id(args[1]))
-            if found is not None and args[0].dtype == found.weight.dtype and not torch.is_grad_enabled():
-                bias = args[2] if len(args) > 2 else (kwargs or {}).get("bias")
-                return torch.ops.mkldnn._linear_pointwise(args[0], found.packed, bias, "none", [], "")
-        return func(*args, **(kwargs or {}))
+    def _linear(self, func, args, kwargs):
+        found = self.weights.get(id(args[1])) if len(args) >= 2 else None
+        if found is None or args[0].dtype != found.weight.dtype or torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        bias = args[2] if len(args) > 2 else kwargs.get("bias")
+        return torch.ops.mkldnn._linear_pointwise(args[0], found.packed, bias, "none", [], "")
 
 
 def prepacked(model: nn.Module) -> AbstractContextManager:

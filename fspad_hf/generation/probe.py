@@ -8,6 +8,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..host import CACHE
 from .cache import ArenaCache
+from .grouped import has_groups
 from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
 from .verification import default_generator
@@ -22,6 +23,11 @@ class ProbeResult:
     reason: str | None
     use_hook: bool = True
     logit_transform: str = "identity"
+    fold_groups: bool = False
+
+    def view(self, model: PreTrainedModel, prepack: bool = False) -> Target:
+        """The model, seen as the probe has found it."""
+        return Target(model, self.use_hook, self.logit_transform, prepack, self.fold_groups)
 
 
 @torch.no_grad()
@@ -44,20 +50,30 @@ def probe(model: PreTrainedModel) -> ProbeResult:
     if key not in known:
         generator = default_generator(execution_device(model))
         state = generator.get_state() if generator is not None else None
-        try:
-            known[key] = _probe(model)
-            if state is not None and not torch.equal(generator.get_state(), state):
-                generator.set_state(state)
-                known[key] = ProbeResult("its forward draws random numbers")
-        except torch.OutOfMemoryError:
-            raise  # says nothing about the model
-        except Exception as error:
-            message = str(error).strip() or "no message"
-            known[key] = ProbeResult(f"{type(error).__name__} on a trial tree: {message.splitlines()[0]}")
+        known[key] = _probe(model)
+        if state is not None and not torch.equal(generator.get_state(), state):
+            generator.set_state(state)
+            known[key] = ProbeResult("its forward draws random numbers")
     return known[key]
 
 
 def _probe(model: PreTrainedModel) -> ProbeResult:
+    """With folded groups, if there are any, or else as the model has them."""
+    folded = has_groups(model) and not is_compiled(model)
+    for fold_groups in (True, False) if folded else (False,):
+        try:
+            found = _tried(model, fold_groups)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the model
+        except Exception as error:
+            message = str(error).strip() or "no message"
+            found = ProbeResult(f"{type(error).__name__} on a trial tree: {message.splitlines()[0]}")
+        if found.reason is None:
+            break
+    return found
+
+
+def _tried(model: PreTrainedModel, fold_groups: bool) -> ProbeResult:
     text_config = model.config.get_text_config()
     if not accepts_positions(model):
         return ProbeResult("it takes no position_ids")
@@ -90,7 +106,7 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
         return torch.stack(logits[1:])
 
     use_hook = not is_compiled(model)
-    target = Target(model, use_hook)
+    target = Target(model, use_hook, fold_groups=fold_groups)
     with target.listening(), target._armed() as caught:
         outputs = model(
             input_ids=prompt, use_cache=True, return_dict=True, output_hidden_states=not use_hook,
@@ -116,7 +132,7 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     error, scale = (tree - truth).abs().max(), (control - truth).abs().max()
     if not error <= TOLERANCE * scale:
         return ProbeResult(f"a trial tree came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
-    return ProbeResult(None, use_hook, transform)
+    return ProbeResult(None, use_hook, transform, fold_groups)
 
 
 def foreign_hooks(model: PreTrainedModel) -> int:

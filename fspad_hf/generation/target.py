@@ -11,7 +11,9 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from ..host import CACHE
 from .cache import ArenaCache
+from .grouped import FoldedGroups
 from .prepacked import PrepackedLinears, prepacked
+from .stand_ins import together
 from .tree import CandidateTree
 
 HIDDEN_WINDOWS = ("window_size", "attention_window", "local_attention")
@@ -30,6 +32,7 @@ class Target:
         use_hook: as found by the probe.
         logit_transform: name of a function in [`LOGIT_TRANSFORMS`], as found by the probe.
         prepack: verify on prepacked weights, see [`prepacked`].
+        fold_groups: verify with [`FoldedGroups`], as found by the probe.
     """
 
     def __init__(
@@ -38,12 +41,14 @@ class Target:
         use_hook: bool = True,
         logit_transform: str = "identity",
         prepack: bool = False,
+        fold_groups: bool = False,
     ):
         self.model = model
         self.embedding = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
         self.use_hook = use_hook
         self.kernels = prepacked(model) if prepack and not is_compiled(model) else nullcontext()
+        self.tree_kernels = together(self.kernels, FoldedGroups() if fold_groups else nullcontext())
         self.logit_transform = LOGIT_TRANSFORMS[logit_transform]
         self.text_config = model.config.get_text_config()
         self.device = execution_device(model)
@@ -109,7 +114,7 @@ class Target:
         }
         if not self.use_hook:
             inputs["output_hidden_states"] = True
-        with self._armed() as caught, self.kernels:
+        with self._armed() as caught, self.tree_kernels:
             outputs = self.model(**inputs)
         return outputs.logits, self._features(outputs, caught)
 

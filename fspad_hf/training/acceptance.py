@@ -14,7 +14,6 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from ..generation.decoding import SpeculationRecord
 from ..generation.probe import probe
 from ..generation.rounds import depth_limit
-from ..generation.target import Target
 from ..generation.tree import TreeShape
 from ..generation.verification import walk
 from ..loading import encode_chat, load_models
@@ -68,7 +67,7 @@ def simulate(
         features (`[1, length, hidden]`): the target's, if already at hand.
     """
     found = probe(target)
-    view = Target(target, found.use_hook, found.logit_transform)
+    view = found.view(target)
     if features is None:
         features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
     generator = ManyTrees(draft, view, logits_processor, noise)

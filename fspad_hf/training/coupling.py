@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generation.probe import probe
-from ..generation.target import Target
 from ..loading import load_models
 from ..modeling_fspad import FSPADDraftModel
 from ..pretrained import draft_config
@@ -85,7 +84,7 @@ def fit_coupling(
 def _distributions(draft, target, rows, masks, stride: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """p `[positions, V]` and log q `[positions, drafted]` at every `stride`-th masked position, a row at a time."""
     found = probe(target)
-    view = Target(target, found.use_hook, found.logit_transform)
+    view = found.view(target)
     for ids, mask in zip(rows.to(target.device).split(1), masks.to(target.device).split(1), strict=True):
         at = mask[0, 2:].nonzero()[::stride, 0]  # the draft's output t is about token t + 2
         if not len(at):

@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedModel
 
 from ..generation.probe import probe
-from ..generation.target import Target
 from ..modeling_fspad import FSPADDraftModel
 from .acceptance import KnownNoise, simulate
 from .config import TrainingConfig
@@ -108,7 +107,7 @@ def _simulated(draft, target, span: Span, seed: int, sums: "_Sums") -> None:
     found, depth = probe(target), draft.config.tree_depth
     ids = span.ids.to(module_device(target.get_input_embeddings(), target.device))
     features = target.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
-    view = Target(target, found.use_hook, found.logit_transform)
+    view = found.view(target)
     p = view.draft_logits(features[0, span.first - 1 : -1]).float().softmax(-1)
     noise = HindsightNoise(p, ids[0, span.first :].to(p.device), depth, seed)
     room = ids.shape[1] + depth + 1  # the text was cut here, decoding would have gone on: trees are as deep as ever
