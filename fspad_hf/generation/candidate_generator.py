@@ -1,7 +1,6 @@
 """The draft at work: grows a dynamic tree (EAGLE-2, arXiv 2406.16858, section 4) from the target's true features."""
 
 import copy
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +18,10 @@ from transformers.generation import (
 
 from ..modeling_fspad import FSPADDraftModel, FSPADDraftOutput
 from .cache import ArenaCache
-from .prepacked import prepacked
+from .prepacked import packed_weights
 from .target import Target
 from .tree import CandidateTree, TreeShape, prune
+from .twin import twin
 from .verification import NoiseQueue
 
 # Functions of the scores alone, so the draft's distribution can be put through them as the target's is.
@@ -59,7 +59,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         self.warpers = LogitsProcessorList(p for p in logits_processor or () if type(p) in STATIC_WARPERS)
         self.noise = noise if draft.config.coupled_drafting else None
         self.cache = ArenaCache(num_layers=1)
-        self._kernels, self._is_matched = nullcontext(), False
+        self._network: FSPADDraftModel | None = None  # what runs: the draft, or its twin with prepacked weights
         self._logit_feature = self._feature = None  # [1, 1, hidden]: o_logit and o_feature of the root
 
     @torch.no_grad()
@@ -79,10 +79,9 @@ class FSPADCandidateGenerator(CandidateGenerator):
         Returns:
             The draft's outputs of these pairs.
         """
-        if not self._is_matched:
+        if self._network is None:
             self.draft = _matched(self.draft, features)
-            self._kernels = prepacked(self.draft) if self.config.prepack_linears else nullcontext()
-            self._is_matched = True
+            self._network = twin(self.draft, packed_weights(self.draft)) if self.config.prepack_linears else self.draft
         new, start, device = tokens.shape[1], self.cache.length, self.draft.device
         places = torch.arange(new, device=device) + start
         mask = None
@@ -181,14 +180,13 @@ class FSPADCandidateGenerator(CandidateGenerator):
 
     def _step(self, tokens, features, positions, mask):
         device, dtype = self.draft.device, self.draft.dtype
-        with self._kernels:
-            return self.draft(
-                inputs_embeds=self.target.embed(tokens).to(device, dtype),
-                features=features.to(device, dtype),
-                position_ids=positions.to(device),
-                attention_mask=mask,
-                cache=self.cache,
-            )
+        return self._network(
+            inputs_embeds=self.target.embed(tokens).to(device, dtype),
+            features=features.to(device, dtype),
+            position_ids=positions.to(device),
+            attention_mask=mask,
+            cache=self.cache,
+        )
 
     def _children(self, logit_features: torch.Tensor, k: int, rows: torch.Tensor | None, depth: int):
         """

@@ -2,61 +2,68 @@
 
 With a mask transformers repeats the keys and values of each group for all of its query heads before it calls
 `scaled_dot_product_attention`: a copy of the whole cache in every layer. The same product comes from one head whose
-rows are those of the whole group.
+rows are those of the whole group. Only the twin of a target attends so, see [`twin`].
 """
+
+import copy
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .stand_ins import StandIns
+FOLDED = "fspad_folded_sdpa"
 
 
-class FoldedGroups(StandIns):
+def folded_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
     """
-    Within it the `repeat_kv` of transformers repeats nothing, and `scaled_dot_product_attention` of more query heads
-    than key heads folds the heads of a group into rows.
+    As transformers' `sdpa`, the query heads of a group folded into rows.
+
+    Args:
+        query (`[batch, heads, rows, width]`), key, value (`[batch, key heads, keys, width]`).
+        attention_mask (`[batch, 1, rows, keys]`).
+
+    Returns:
+        `[batch, rows, heads, width]`.
     """
-
-    def __init__(self):
-        super().__init__({torch.Tensor.reshape: _reshape, nn.functional.scaled_dot_product_attention: self._attention})
-        self._mask: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)  # the last one, and it folded
-
-    def begin(self):
-        self._mask = (None, None)  # a graph must hold its own
-
-    def _attention(self, func, args, kwargs):
-        query, key, value = args[:3]
-        batch, heads, rows, width = query.shape
-        groups = heads // key.shape[1]
-        if groups == 1 or kwargs.get("enable_gqa") or len(args) > 3 or kwargs.get("is_causal"):
-            return func(*args, **kwargs)
-        mask = kwargs.get("attn_mask")
-        if mask is not None:
-            kwargs = {**kwargs, "attn_mask": self._folded(mask, key.shape[1], groups)}
-        out = func(query.reshape(batch, key.shape[1], groups * rows, width), key, value, **kwargs)
-        return out.reshape(batch, heads, rows, out.shape[-1])
-
-    def _folded(self, mask: torch.Tensor, key_heads: int, groups: int) -> torch.Tensor:
-        if mask.shape[1] > 1:  # of each head its own
-            return mask.reshape(mask.shape[0], key_heads, groups * mask.shape[2], mask.shape[3])
-        if self._mask[0] is not mask:
-            self._mask = mask, mask.repeat(1, 1, groups, 1)
-        return self._mask[1]
+    (batch, heads, rows, width), key_heads = query.shape, key.shape[1]
+    groups = heads // key_heads
+    if groups == 1 or attention_mask is None or attention_mask.shape[1] > 1 or kwargs.get("softcap") is not None:
+        attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    folded = query.reshape(batch, key_heads, groups * rows, width)
+    out = nn.functional.scaled_dot_product_attention(
+        folded, key, value, attn_mask=_repeated(attention_mask, groups), scale=scaling
+    )
+    return out.reshape(batch, heads, rows, -1).transpose(1, 2).contiguous(), None
 
 
-def _reshape(func, args, kwargs):
-    """`repeat_kv` without its last step, which copies; the tensor is `[batch, heads, groups, keys, width]`."""
-    tensor = args[0]
-    if tensor.dim() == 5 and len(args) == 5 and tensor.stride(2) == 0 and tensor.shape[2] > 1:
-        batch, heads, groups, keys, width = tensor.shape
-        if args[1:] == (batch, heads * groups, keys, width):
-            return tensor[:, :, 0]
-    return func(*args, **kwargs)
+def _repeated(mask: torch.Tensor, groups: int) -> torch.Tensor:
+    """For the rows of a whole group; made once for all layers, which share a mask."""
+    known = getattr(mask, "_fspad_repeated", None)
+    if known is None:
+        known = mask._fspad_repeated = mask.repeat(1, 1, groups, 1)
+    return known
 
 
-def has_groups(model: PreTrainedModel) -> bool:
-    """Whether folding is worth a try: several query heads share keys, and attention is `sdpa`."""
+AttentionInterface.register(FOLDED, folded_attention)
+
+
+def folded_config(model: PreTrainedModel) -> PreTrainedConfig | None:
+    """A copy of the text configuration that attends folded; `None` where there are no groups or no `sdpa`."""
     text = model.config.get_text_config()
     heads, key_heads = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
-    return text._attn_implementation == "sdpa" and bool(heads and key_heads and heads > key_heads)
+    if text._attn_implementation != "sdpa" or not (heads and key_heads and heads > key_heads):
+        return None
+    config = copy.copy(text)
+    config._attn_implementation_internal = FOLDED
+    return config

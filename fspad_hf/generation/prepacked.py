@@ -5,13 +5,10 @@ first brings the weight into blocks, at every call, which can cost more than the
 takes the weight's memory once more.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
 from torch import nn
-
-from .stand_ins import StandIns
 
 ROWS = 8  # the layout is chosen for about so many
 
@@ -36,49 +33,45 @@ class PackedWeights(dict):
         return PackedWeights, ()
 
 
-class PrepackedLinears(StandIns):
-    """Within it `linear` of a packed weight runs on the packed copy."""
+class PackedLinear(nn.Linear):
+    """A `Linear` whose product runs on `packed`, a packed copy of its weight."""
 
-    def __init__(self, weights: dict[int, PackedWeight]):
-        super().__init__({nn.functional.linear: self._linear})
-        self.weights = weights
+    packed: torch.Tensor
 
-    def add(self, weight: torch.Tensor):
-        """Packs one weight more, for as long as this context is used."""
-        if _can_pack(weight):
-            self.weights[id(weight)] = PackedWeight.of(weight)
-
-    def _linear(self, func, args, kwargs):
-        found = self.weights.get(id(args[1])) if len(args) >= 2 else None
-        if found is None or args[0].dtype != found.weight.dtype or torch.is_grad_enabled():
-            return func(*args, **kwargs)
-        bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        return torch.ops.mkldnn._linear_pointwise(args[0], found.packed, bias, "none", [], "")
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        if input.dtype != self.weight.dtype or torch.is_grad_enabled():
+            return super().forward(input)
+        return packed_product(input, self.packed, self.bias)
 
 
-def prepacked(model: nn.Module) -> AbstractContextManager:
+def packed_product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`linear` of a packed weight."""
+    return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+
+
+def packed_weights(model: nn.Module) -> PackedWeights:
     """
-    A context, to be entered as often as wanted, in which the model's linear layers run on packed weights.
+    The weights of the model's linear layers, packed.
 
-    Weights that lie elsewhere than on the CPU, that are quantised or that this build of PyTorch cannot pack stay as
-    they are. The copies are kept on the model, and made anew where a weight has changed.
+    Weights that lie elsewhere than on the CPU, that are quantised or that this build of PyTorch cannot pack are not
+    among them. The copies are kept on the model, and made anew where a weight has changed.
     """
     if not torch.backends.mkldnn.is_available() or torch.is_autocast_enabled("cpu"):
-        return nullcontext()
+        return PackedWeights()
     known = model.__dict__.get("_fspad_prepacked", {})
     weights = PackedWeights()
     for module in model.modules():
-        if type(module) is nn.Linear and _can_pack(module.weight):
+        if type(module) is nn.Linear and can_pack(module.weight):
             weight = module.weight
             found = known.get(id(weight))
             if found is None or found.version != weight._version or found.weight is not weight:
                 found = PackedWeight.of(weight)
             weights[id(weight)] = found
     model.__dict__["_fspad_prepacked"] = weights
-    return PrepackedLinears(dict(weights)) if weights else nullcontext()
+    return weights
 
 
-def _can_pack(weight: torch.Tensor) -> bool:
+def can_pack(weight: torch.Tensor) -> bool:
     if type(weight) not in (nn.Parameter, torch.Tensor) or weight.device.type != "cpu" or weight.is_inference():
         return False
     if weight.layout != torch.strided or not weight.is_contiguous():

@@ -8,9 +8,9 @@ from transformers.cache_utils import DynamicCache
 
 from ..host import CACHE
 from .cache import ArenaCache
-from .grouped import has_groups
 from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
+from .twin import can_have_twin
 from .verification import default_generator
 
 TOLERANCE = 0.2  # of what a causal mask in the tree's place would change
@@ -23,11 +23,11 @@ class ProbeResult:
     reason: str | None
     use_hook: bool = True
     logit_transform: str = "identity"
-    fold_groups: bool = False
+    use_twin: bool = False
 
     def view(self, model: PreTrainedModel, prepack: bool = False) -> Target:
         """The model, seen as the probe has found it."""
-        return Target(model, self.use_hook, self.logit_transform, prepack, self.fold_groups)
+        return Target(model, self.use_hook, self.logit_transform, prepack, self.use_twin)
 
 
 @torch.no_grad()
@@ -58,11 +58,10 @@ def probe(model: PreTrainedModel) -> ProbeResult:
 
 
 def _probe(model: PreTrainedModel) -> ProbeResult:
-    """With folded groups, if there are any, or else as the model has them."""
-    folded = has_groups(model) and not is_compiled(model)
-    for fold_groups in (True, False) if folded else (False,):
+    """By a twin if that works, or else by the model itself."""
+    for use_twin in (True, False) if can_have_twin(model) and not is_compiled(model) else (False,):
         try:
-            found = _tried(model, fold_groups)
+            found = _tried(model, use_twin)
         except torch.OutOfMemoryError:
             raise  # says nothing about the model
         except Exception as error:
@@ -73,7 +72,7 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     return found
 
 
-def _tried(model: PreTrainedModel, fold_groups: bool) -> ProbeResult:
+def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
     text_config = model.config.get_text_config()
     if not accepts_positions(model):
         return ProbeResult("it takes no position_ids")
@@ -106,7 +105,7 @@ def _tried(model: PreTrainedModel, fold_groups: bool) -> ProbeResult:
         return torch.stack(logits[1:])
 
     use_hook = not is_compiled(model)
-    target = Target(model, use_hook, fold_groups=fold_groups)
+    target = Target(model, use_hook, use_twin=use_twin)
     with target.listening(), target._armed() as caught:
         outputs = model(
             input_ids=prompt, use_cache=True, return_dict=True, output_hidden_states=not use_hook,
@@ -132,7 +131,7 @@ def _tried(model: PreTrainedModel, fold_groups: bool) -> ProbeResult:
     error, scale = (tree - truth).abs().max(), (control - truth).abs().max()
     if not error <= TOLERANCE * scale:
         return ProbeResult(f"a trial tree came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
-    return ProbeResult(None, use_hook, transform, fold_groups)
+    return ProbeResult(None, use_hook, transform, use_twin)
 
 
 def foreign_hooks(model: PreTrainedModel) -> int:

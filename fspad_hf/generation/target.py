@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -11,10 +11,10 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from ..host import CACHE
 from .cache import ArenaCache
-from .grouped import FoldedGroups
-from .prepacked import PrepackedLinears, prepacked
-from .stand_ins import together
+from .grouped import folded_config
+from .prepacked import PackedWeight, can_pack, packed_product, packed_weights
 from .tree import CandidateTree
+from .twin import twin
 
 HIDDEN_WINDOWS = ("window_size", "attention_window", "local_attention")
 
@@ -32,7 +32,7 @@ class Target:
         use_hook: as found by the probe.
         logit_transform: name of a function in [`LOGIT_TRANSFORMS`], as found by the probe.
         prepack: verify on prepacked weights, see [`prepacked`].
-        fold_groups: verify with [`FoldedGroups`], as found by the probe.
+        use_twin: verify by a [`twin`], as found by the probe; it has the prepacked weights, and folds groups of heads.
     """
 
     def __init__(
@@ -41,19 +41,20 @@ class Target:
         use_hook: bool = True,
         logit_transform: str = "identity",
         prepack: bool = False,
-        fold_groups: bool = False,
+        use_twin: bool = False,
     ):
         self.model = model
         self.embedding = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
         self.use_hook = use_hook
-        self.kernels = prepacked(model) if prepack and not is_compiled(model) else nullcontext()
-        self.tree_kernels = together(self.kernels, FoldedGroups() if fold_groups else nullcontext())
+        self.use_twin, self.prepack = use_twin, prepack and use_twin
+        self._verifier: PreTrainedModel | None = None
         self.logit_transform = LOGIT_TRANSFORMS[logit_transform]
         self.text_config = model.config.get_text_config()
         self.device = execution_device(model)
         self._thread = threading.get_ident()
         self._head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self._packed_rows: torch.Tensor | None = None
         self._caught: list[torch.Tensor] | None = None
         self._windows: dict[str, int | None] | None = None
 
@@ -114,9 +115,19 @@ class Target:
         }
         if not self.use_hook:
             inputs["output_hidden_states"] = True
-        with self._armed() as caught, self.tree_kernels:
-            outputs = self.model(**inputs)
+        with self._armed() as caught:
+            outputs = self.verifier(**inputs)
         return outputs.logits, self._features(outputs, caught)
+
+    @property
+    def verifier(self) -> PreTrainedModel:
+        """What runs over trees: the model, or its twin."""
+        if self._verifier is None:
+            self._verifier = self.model
+            if self.use_twin:
+                packed = packed_weights(self.model) if self.prepack else None
+                self._verifier = twin(self.model, packed, folded_config(self.model))
+        return self._verifier
 
     def draft_logits(self, features: torch.Tensor, ids: torch.LongTensor | None = None) -> torch.Tensor:
         """
@@ -130,11 +141,14 @@ class Target:
         elif type(self.head) is nn.Linear and self.head.weight.device == features.device:
             if self._head_rows is None:
                 self._head_rows = self.take_head_rows(ids)
-                if isinstance(self.kernels, PrepackedLinears):
-                    self.kernels.add(self._head_rows[0])
+                if self.prepack and can_pack(self._head_rows[0]):
+                    self._packed_rows = PackedWeight.of(self._head_rows[0]).packed
             # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
-            with self.kernels:
-                logits = nn.functional.linear(features.flatten(0, -2), *self._head_rows)
+            rows, (weight, bias) = features.flatten(0, -2), self._head_rows
+            if self._packed_rows is not None:
+                logits = packed_product(rows, self._packed_rows, bias)
+            else:
+                logits = nn.functional.linear(rows, weight, bias)
             logits = logits.unflatten(0, features.shape[:-1])
         else:  # quantised, offloaded or adapted: only the module itself knows how
             logits = self.head(features)[..., ids]

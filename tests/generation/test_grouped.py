@@ -1,99 +1,110 @@
-"""Folded groups: what repeated keys and values give, without the copies."""
+"""A target's twin and its folded groups: what repeated keys and values give, without the copies."""
 
 import pytest
 import torch
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fspad_hf.generation.grouped import FoldedGroups, has_groups
+from fspad_hf.generation import grouped
+from fspad_hf.generation import probe as probe_module
+from fspad_hf.generation.grouped import folded_attention, folded_config
 from fspad_hf.generation.probe import probe
-from fspad_hf.generation.stand_ins import StandIns, together
+from fspad_hf.generation.twin import twin
 
 from .. import tiny
 from ..conftest import fresh_draft
 
-sdpa = torch.nn.functional.scaled_dot_product_attention
+WITHOUT_GROUPS = ("gpt2", "gpt_neox", "opt", "deepseek_v3")
+EAGER = ("gemma2", "gpt_oss")
+
+
+def build(name):
+    return tiny.build(name, "eager" if name in EAGER else "sdpa")
 
 
 @pytest.fixture
-def heads(monkeypatch):
-    """Query and key heads of each attention call that gets through."""
-    seen = []
+def attended(monkeypatch):
+    """Query and key heads of each call of torch's attention."""
+    seen, sdpa = [], torch.nn.functional.scaled_dot_product_attention
 
     def counting(query, key, *args, **kwargs):
         seen.append((query.shape[1], key.shape[1]))
         return sdpa(query, key, *args, **kwargs)
 
-    monkeypatch.setattr(FoldedGroups, "_attention", _around(FoldedGroups._attention, counting))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counting)
     return seen
 
 
-def _around(attention, counting):
-    return lambda self, func, args, kwargs: attention(self, counting, args, kwargs)
-
-
+@pytest.mark.parametrize("key_heads", [1, 2, 6])
 @pytest.mark.parametrize("mask_heads", [0, 1, 6])
-def test_the_same_as_repeated(mask_heads):
-    query, key, value = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 9, 8), torch.randn(2, 3, 9, 4)
+def test_the_same_as_repeated(key_heads, mask_heads):
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 6 // key_heads, False
+    query, key, value = torch.randn(2, 6, 5, 8), torch.randn(2, key_heads, 9, 8), torch.randn(2, key_heads, 9, 8)
     mask = torch.randn(2, mask_heads, 5, 9) if mask_heads else None
-    repeated = [x[:, :, None].expand(2, 3, 2, 9, x.shape[-1]).reshape(2, 6, 9, x.shape[-1]) for x in (key, value)]
-    with FoldedGroups():
-        folded = [x[:, :, None].expand(2, 3, 2, 9, x.shape[-1]).reshape(2, 6, 9, x.shape[-1]) for x in (key, value)]
-        assert [x.data_ptr() for x in folded] == [key.data_ptr(), value.data_ptr()]
-        found = torch.nn.functional.scaled_dot_product_attention(query, *folded, attn_mask=mask)
-        torch.testing.assert_close(sdpa(query, *repeated, attn_mask=mask), found)
-    torch.testing.assert_close(sdpa(query, *repeated, attn_mask=mask), found)
-
-
-def test_other_reshapes_stay():
-    tensor = torch.arange(24.0).view(1, 2, 1, 3, 4)
-    with FoldedGroups():
-        assert tensor.expand(1, 2, 5, 3, 4).reshape(1, 2, 5, 12).shape == (1, 2, 5, 12)
-        assert tensor.reshape(1, 2, 3, 4).shape == (1, 2, 3, 4)
-        assert tensor[0, :, 0].expand(2, 3, 4).reshape(6, 4).shape == (6, 4)
+    for scaling in (None, 0.7):
+        for _ in range(2):  # the second layer finds the mask's other form
+            found = folded_attention(module, query, key, value, mask, scaling=scaling)[0]
+            expected = ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, mask, scaling=scaling)[0]
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", sorted(tiny.CONFIGS))
-def test_models(name, prompt, heads):
-    """Folded where the model has groups and `sdpa`; tokens as plain either way."""
-    model = tiny.build(name, "eager" if name in ("gemma2", "gpt_oss") else "sdpa")
-    assert probe(model).reason is None
-    assert (
-        probe(model).fold_groups
-        == has_groups(model)
-        == (name not in ("gemma2", "gpt_oss", "gpt2", "gpt_neox", "opt", "deepseek_v3"))
-    )
-    heads.clear()
+def test_models(name, prompt, attended):
+    """Folded where the model has groups and `sdpa`; tokens as plain, and the model as it was."""
+    model = build(name)
+    assert probe(model).reason is None and probe(model).use_twin
+    folds = name not in (*WITHOUT_GROUPS, *EAGER)
+    assert (folded_config(model) is not None) == folds
     plain = model.generate(prompt, max_new_tokens=20, do_sample=False)
-    assert not heads
+    attended.clear()
     out = model.generate(prompt, assistant_model=fresh_draft(model), max_new_tokens=20, do_sample=False)
     assert out.tolist() == plain.tolist()
-    assert bool(heads) == probe(model).fold_groups and all(query == keys for query, keys in heads)
+    assert ((2, 2) in attended) == folds
+    assert model.config.get_text_config()._attn_implementation == ("eager" if name in EAGER else "sdpa")
 
 
-def test_a_model_that_cannot_be_folded_is_verified_as_it_is(prompt, monkeypatch):
-    """One that looks at its repeated keys."""
+def test_a_twin_shares_all_but_its_modules(llama):
+    other = twin(llama, config=folded_config(llama))
+    mine, theirs = dict(llama.named_modules()), dict(other.named_modules())
+    assert mine.keys() == theirs.keys() and not {map(id, mine.values())} & {map(id, theirs.values())}
+    assert [id(p) for p in llama.parameters()] == [id(p) for p in other.parameters()]
+    assert {type(m) for m in mine.values()} == {type(m) for m in theirs.values()}
+    heard = []
+    handle = llama.model.register_forward_hook(lambda *_: heard.append(None))
+    with torch.no_grad():
+        torch.testing.assert_close(other(torch.tensor([[3, 4]])).logits, llama(torch.tensor([[3, 4]])).logits)
+    handle.remove()
+    assert len(heard) == 2
+    other.model.layers[0] = torch.nn.Identity()
+    assert llama.model.layers[0] is mine["model.layers.0"]
+
+
+def test_tied_modules_stay_tied(llama):
+    llama_like = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2)})
+    llama_like["b"] = llama_like["a"]
+    llama_like.config = llama.config
+    other = twin(llama_like)
+    assert other["a"] is other["b"] and other["a"] is not llama_like["a"]
+
+
+@pytest.mark.parametrize("broken", ["raises", "is wrong"])
+def test_where_a_twin_does_not_work_the_model_itself_verifies(prompt, monkeypatch, broken):
     model = tiny.build("llama")
-    monkeypatch.setattr(FoldedGroups, "_attention", lambda self, func, args, kwargs: func(*args, **kwargs))
-    assert probe(model).reason is None and not probe(model).fold_groups
+
+    def attention(module, query, *args, **kwargs):
+        if broken == "raises":
+            raise RuntimeError("no such attention")
+        return query.transpose(1, 2).contiguous(), None
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, grouped.FOLDED, attention)
+    assert probe(model).reason is None and not probe(model).use_twin
     plain = model.generate(prompt, max_new_tokens=20, do_sample=False)
-    assert (
-        model.generate(prompt, assistant_model=fresh_draft(model), max_new_tokens=20, do_sample=False).tolist()
-        == plain.tolist()
-    )
+    draft = fresh_draft(model, prepack_linears=True)
+    assert model.generate(prompt, assistant_model=draft, max_new_tokens=20, do_sample=False).tolist() == plain.tolist()
 
 
-def test_stand_ins_together():
-    begun = []
-
-    class Begins(StandIns):
-        def begin(self):
-            begun.append(self)
-
-    first = Begins({torch.relu: lambda func, args, kwargs: func(-args[0])})
-    second = Begins({torch.sigmoid: lambda func, args, kwargs: args[0] + 1})
-    both = together(first, second)
-    one = torch.ones(1)
-    for _ in range(2):
-        with both:
-            assert torch.relu(one) == 0 and torch.sigmoid(one) == 2 and torch.abs(-one) == 1
-        assert torch.relu(one) == 1
-    assert begun == [first, second] * 2 and together(first) is first
+def test_a_forward_of_a_modules_own_has_no_twin(prompt, monkeypatch):
+    model = tiny.build("llama")
+    model.lm_head.forward = model.lm_head.forward  # as accelerate's hooks leave one, bound to this very module
+    monkeypatch.setattr(probe_module, "twin", None, raising=False)
+    assert probe(model).reason is None and not probe(model).use_twin

@@ -7,8 +7,10 @@ import threading
 import pytest
 import torch
 
-from fspad_hf.generation.prepacked import PrepackedLinears, prepacked
+from fspad_hf.generation.prepacked import packed_weights
+from fspad_hf.generation.twin import twin
 
+from .. import tiny
 from ..conftest import fresh_draft
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
@@ -47,53 +49,59 @@ def test_off_by_default(llama, prompt, packed_calls):
     assert not packed_calls
 
 
-def test_only_inside_and_only_in_its_thread(packed_calls):
-    layer, rows, seen = torch.nn.Sequential(torch.nn.Linear(8, 16)), torch.randn(1, 3, 8), []
-    with torch.no_grad(), prepacked(layer):
-        inside = layer(rows)
-        assert len(packed_calls) == 1
-        thread = threading.Thread(target=lambda: seen.append(layer(rows)))
+def test_the_model_itself_and_other_threads_are_left_alone(llama, packed_calls):
+    ids, seen = torch.tensor([[5, 6, 7]]), []
+    before = llama(ids).logits
+    with torch.no_grad():
+        other = twin(llama, packed_weights(llama))
+        inside = other(ids).logits
+        made = len(packed_calls)
+        assert made == 7 * llama.config.num_hidden_layers + 1
+        thread = threading.Thread(target=lambda: seen.append(llama(ids).logits))
         thread.start()
         thread.join()
-    torch.testing.assert_close(inside, layer(rows))
-    torch.testing.assert_close(inside, seen[0])
-    assert len(packed_calls) == 1
+    torch.testing.assert_close(inside, before)
+    assert torch.equal(seen[0], before) and torch.equal(llama(ids).logits, before) and len(packed_calls) == made
+    assert [p.data_ptr() for p in other.parameters()] == [p.data_ptr() for p in llama.parameters()]
 
 
-def test_a_changed_weight_is_packed_anew():
-    layer = torch.nn.Sequential(torch.nn.Linear(8, 16, bias=False))
-    rows = torch.randn(3, 8)
-    with torch.no_grad():
-        with prepacked(layer):
-            before = layer(rows)
-        layer[0].weight.mul_(2)
-        with prepacked(layer):
-            torch.testing.assert_close(layer(rows), 2 * before)
-        layer[0].weight = torch.nn.Parameter(torch.zeros(16, 8))
-        with prepacked(layer):
-            assert not layer(rows).any()
+def test_a_changed_weight_is_packed_anew(prompt):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, prepack_linears=True)
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    found = []
+    for change in (
+        lambda: None,
+        lambda: model.model.layers[0].mlp.up_proj.weight.mul_(-2),
+        lambda: setattr(model.lm_head, "weight", torch.nn.Parameter(model.lm_head.weight.flip(0))),
+        lambda: model.model.layers.__setitem__(1, tiny.build("llama", seed=2).model.layers[1]),
+    ):
+        with torch.no_grad():
+            change()
+        plain = model.generate(prompt, **settings)
+        assert torch.equal(model.generate(prompt, assistant_model=draft, **settings), plain)
+        found.append(plain.tolist())
+    assert len({str(one) for one in found}) == 4
 
 
-def test_gradients_and_autocast_are_left_alone(packed_calls):
-    layer, rows = torch.nn.Sequential(torch.nn.Linear(8, 16)), torch.randn(3, 8)
-    with prepacked(layer):
-        layer(rows).sum().backward()
-    assert layer[0].weight.grad is not None and not packed_calls
+def test_gradients_and_autocast_are_left_alone(llama, packed_calls):
+    other = twin(llama, packed_weights(llama))
+    other(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert llama.lm_head.weight.grad is not None and not packed_calls
+    llama.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
-        assert not isinstance(prepacked(layer), PrepackedLinears)
+        assert not packed_weights(llama)
 
 
-def test_copies_and_pickles_hold_no_packed_weights():
-    layer = torch.nn.Sequential(torch.nn.Linear(8, 16))
-    prepacked(layer)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+def test_copies_and_pickles_hold_no_packed_weights(llama):
+    assert packed_weights(llama)
+    for other in (copy.deepcopy(llama), pickle.loads(pickle.dumps(llama))):
         assert not other.__dict__["_fspad_prepacked"]
-        torch.testing.assert_close(other(torch.ones(1, 8)), layer(torch.ones(1, 8)))
 
 
 def test_what_cannot_be_packed_stays():
     layer = torch.nn.Sequential(torch.nn.Linear(8, 16, dtype=torch.float64), torch.nn.Linear(16, 8, device="meta"))
-    assert not isinstance(prepacked(layer), PrepackedLinears)
+    assert not packed_weights(layer)
 
 
 def test_the_reduced_head_is_packed_too(llama, prompt, packed_calls):
