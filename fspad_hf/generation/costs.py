@@ -4,20 +4,23 @@ import contextlib
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
 import transformers
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import DynamicCache
 
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import cache_folder, write_json
-from .cache import ArenaCache
 from .candidate_generator import FSPADCandidateGenerator
+from .graphs import make_rounds
 from .target import Target
-from .tree import CandidateTree, TreeShape
+from .tree import PLAIN, CandidateTree, TreeShape
+from .verification import TokenEmitter
 
 PROMPT = 256  # tokens behind which everything is timed
 REPEATS = 5  # of each measurement, the quickest counts
@@ -85,33 +88,43 @@ def measure(target: Target, draft: FSPADDraftModel) -> RoundCosts:
             input_ids=ids, use_cache=True, return_dict=True, output_hidden_states=not target.use_hook, **{CACHE: cache}
         )
         features = target._features(outputs, caught)
-    arena, prefix = ArenaCache.from_dynamic(cache), torch.ones_like(ids, dtype=torch.bool)
     generator = FSPADCandidateGenerator(draft, target)
+    emitter = TokenEmitter(ids, LogitsProcessorList(), StoppingCriteriaList(), GenerationConfig())
+    emitter.take(0)
+    rounds = make_rounds(target, generator, emitter, cache, features, torch.ones_like(ids, dtype=torch.bool), 0)
     generator.accept(features[:, :-1], ids[:, 1:])
-    root, length = ids[:, -1:], generator.cache.length
+    pair, length = (features[:, -2:-1], ids[:, -1:].cpu()), generator.cache.length
 
-    def verify(rows: int):
+    def verify(rows: int) -> Callable[[], object]:
         tokens = torch.arange(rows, device=device)[None] % vocabulary
-        zeros = torch.zeros_like(tokens)
-        target.verify(CandidateTree(tokens, zeros, tokens.clamp(max=1)), arena, prefix, position=ids.shape[1])
+        tree = CandidateTree(tokens, torch.zeros_like(tokens), tokens.clamp(max=1))
+        shape = TreeShape(1, rows - 1, rows - 1) if rows > 1 else PLAIN
 
-    def draw(shape: TreeShape):
-        generator.cache.length = length - 1
-        generator.accept(features[:, -2:-1], root)
-        generator.grow(root, shape)
+        def run():
+            rounds.begin(shape)
+            rounds.grow(PLAIN)  # the last token alone; it tells graphs where they are
+            rounds.verify(tree)
+
+        return run
+
+    def draw(depth: int, top_k: int) -> Callable[[], object]:
+        shape = TreeShape(depth, top_k, min(largest.total_nodes, top_k + (depth - 1) * top_k**2))
+
+        def run():
+            generator.cache.length, rounds.unread = length - 1, [pair]
+            rounds.begin(shape)
+            rounds.accept()
+            rounds.grow(shape)
+
+        return run
 
     rows = sorted({1, 2, *_halvings(largest.total_nodes + 1)})
     widths = sorted({*_halvings(largest.top_k)})
-    forwards = _quickest(device, {n: lambda n=n: verify(n) for n in rows})
-    short, long = (
-        _quickest(device, {k: lambda k=k, d=d: draw(_shape(d, k, largest)) for k in widths}) for d in (1, 3)
-    )
+    forwards = _quickest(device, {n: verify(n) for n in rows})
+    short, long = (_quickest(device, {k: draw(depth, k) for k in widths}) for depth in (1, 3))
+    rounds.close()
     level = {k: max(long[k] - short[k], 0.0) / 2 for k in widths}
     return RoundCosts(*(tuple(sorted(part.items())) for part in (forwards, level, short)))
-
-
-def _shape(depth: int, top_k: int, largest: TreeShape) -> TreeShape:
-    return TreeShape(depth, top_k, min(largest.total_nodes, top_k + (depth - 1) * top_k**2))
 
 
 def _quickest(device: torch.device, tasks: dict) -> dict[int, float]:

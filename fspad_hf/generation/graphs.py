@@ -65,12 +65,14 @@ class Plan:
         noise: the draft sees the noise of the coming draws.
         ahead: the walk is captured too.
         nodes: what it then visited.
+        tree_at: where the tree's tensors are, which a graph has frozen.
     """
 
     shape: TreeShape
     noise: bool
     ahead: bool
     nodes: list[int] = field(default_factory=list)
+    tree_at: int = 0
 
     @property
     def rows(self) -> int:
@@ -169,7 +171,7 @@ class GraphRounds(Rounds):
         if plan is None:
             return super().verify(tree)
         name = "walk" if plan.ahead else "verify"
-        known = self.workspace.graphs(plan.shape)
+        known, plan.tree_at = self.workspace.graphs(plan.shape), tree.tokens.data_ptr()
         expected = None if self._name(name) in known else super().verify(tree.clone())[0]
         verified = self._replayed(name, lambda: self._verify(tree), self.emitter.logits_processor)
         if verified is not None and expected is not None:
@@ -230,7 +232,7 @@ class GraphRounds(Rounds):
         if name == "keep":
             return (name, *self._name("walk" if plan.ahead else "verify"))
         drafted = plan.noise, config.coupling_kappa, config.coupling_sharpness, self.settings
-        return name, drafted, self.emitter.noise is not None
+        return name, drafted, self.emitter.noise is not None, plan.tree_at
 
     def _replayed(self, name: str, step: Callable[[], Any], *keep_alive) -> Graph | None:
         """Replays the graph of `step`, having captured it if there is none; without success the plan is given up."""

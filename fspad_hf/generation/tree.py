@@ -31,6 +31,9 @@ class TreeShape(NamedTuple):
         return cls(config.tree_depth, config.tree_top_k, config.tree_total_nodes)
 
 
+PLAIN = TreeShape(0, 0, 0)  # a plain step
+
+
 @dataclass
 class CandidateTree:
     """

@@ -10,9 +10,8 @@ import math
 from ..modeling_fspad import FSPADDraftModel
 from .costs import RoundCosts, round_costs
 from .target import Target
-from .tree import CandidateTree, TreeShape
+from .tree import PLAIN, CandidateTree, TreeShape
 
-PLAIN = TreeShape(0, 0, 0)
 MEMORY = 0.95  # of what is known of a shape, at each round that tells something new
 PRIOR = 0.6  # chance that a level is accepted, before anything is known; worth one round
 LOOK_UP = 64  # rounds of smaller trees after which the largest is tried again

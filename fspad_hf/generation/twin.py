@@ -39,5 +39,10 @@ def twin(
 
 
 def can_have_twin(model: PreTrainedModel) -> bool:
-    """No module has a `forward` bound to itself, as accelerate and compilers leave one."""
-    return not any("forward" in vars(module) for module in model.modules())
+    """
+    Whether forwards leave nothing behind in modules that their twins would miss: no `forward` bound to its module, as
+    accelerate and compilers leave one, and no rotary frequencies that turn with the length.
+    """
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    kinds = {part.get("rope_type") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    return not kinds & {"dynamic", "longrope"} and not any("forward" in vars(module) for module in model.modules())

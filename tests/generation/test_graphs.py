@@ -430,3 +430,18 @@ def test_a_step_copies_nothing_between_host_and_device(name):
         with rounds._fixed():
             rounds._keep(features)
     assert tree.tokens.shape == (1, 10) and logits.shape == (1, 10, 64) and drawn.shape == (2 + 2 * 4,)
+
+
+def test_costs_are_those_of_replays(captured, prompt, monkeypatch, tmp_path):
+    """And what was captured to measure them does not come between: tokens as plain, with the shapes measured."""
+    monkeypatch.setenv("FSPAD_HF_CACHE", str(tmp_path))
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True, tree="auto", tree_depth=3, tree_top_k=3, tree_total_nodes=8)
+    plain = model.generate(prompt, max_new_tokens=60, eos_token_id=None, pad_token_id=0)
+    for _ in range(2):
+        fast = model.generate(prompt, assistant_model=draft, max_new_tokens=60, eos_token_id=None, pad_token_id=0)
+        assert fast.tolist() == plain.tolist()
+    (costs,) = model.__dict__["_fspad_costs"].values()
+    assert not WorkspacePool.of(draft).refused
+    assert [rows for rows, _ in costs.verify] == [1, 2, 3, 5, 9]
+    assert len(captured) > 9
