@@ -7,10 +7,12 @@ from huggingface_hub import constants, hf_api
 from transformers.utils import hub
 
 from fspad_hf import FSPADCandidateGenerator, FSPADDraftModel
+from fspad_hf.generation import graphs
 from fspad_hf.generation.tree import CandidateTree
 
 from . import tiny
 from .hub_server import HubServer
+from .recorder import record
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it, and their children
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -41,6 +43,21 @@ def pair(tmp_path_factory, tokenizer):
     tokenizer.save_pretrained(folder / "target")
     fresh_draft(model, tree_total_nodes=6, tree_top_k=3).save_pretrained(folder / "draft", tokenizer=tokenizer)
     return {"target": str(folder / "target"), "draft": str(folder / "draft"), "device": "cpu"}
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Graphs on the CPU; the list grows by each capture."""
+    made = []
+
+    def capture(step, device):
+        made.append(step)
+        return record(step, device)
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
+    monkeypatch.setattr(graphs, "SMALLEST_BUCKET", 64)
+    return made
 
 
 @pytest.fixture

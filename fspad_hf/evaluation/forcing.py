@@ -77,7 +77,11 @@ def forced(tau: float, excluded: Callable[[], AbstractContextManager] = nullcont
     def planned_walk(tree, logits, emitter, path, ahead=()):
         if threading.get_ident() == thread:
             with excluded():
-                processor.planned = deque(plan(tree, schedule.next()))
+                tokens = plan(tree, schedule.next())
+                if ahead:  # a captured walk, which has drawn already: its tokens are decreed instead
+                    ahead = along(tree, tokens)
+                else:
+                    processor.planned = deque(tokens)
         walk(tree, logits, emitter, path, ahead)
 
     def confident_children(generator, *args):
@@ -106,6 +110,14 @@ def plan(tree: CandidateTree, tokens: int) -> list[int]:
         planned.append(ids[node])
         node = parents[node]
     return planned[::-1]
+
+
+def along(tree: CandidateTree, tokens: list[int]) -> list[tuple[int, int]]:
+    """(node, token) of a plan: the nodes at which its tokens are drawn."""
+    children, nodes = tree.children(), [0]
+    for token in tokens[:-1]:
+        nodes.append(children[nodes[-1], token])
+    return list(zip(nodes, tokens, strict=True))
 
 
 def _confidences(like: torch.Tensor, depth: int) -> torch.Tensor:

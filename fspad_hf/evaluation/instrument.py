@@ -17,6 +17,7 @@ from torch.autograd import DeviceType
 from ..generation import candidate_generator, rounds
 from ..generation.cache import ArenaCache
 from ..generation.candidate_generator import FSPADCandidateGenerator
+from ..generation.graphs import GraphRounds
 from ..generation.rounds import Rounds
 from ..generation.target import Target
 from ..generation.verification import NoiseQueue
@@ -32,6 +33,9 @@ PARTS = {
     "verify": "verify forward",
     "walk": "walk: processors, draw, criteria",
     "compact": "compaction",
+    "draft graph": "draft graph (accept, levels, prune)",
+    "verify graph": "verify graph (forward, walk)",
+    "keep graph": "keep graph (compaction)",
     "host": "host (the rest)",
 }
 EXCLUDED = "excluded"  # time that a measurement itself adds
@@ -48,7 +52,9 @@ TIMED = (
     (Target, "verify", "masks", "host"),
     (rounds, "walk", "walk", "host"),
     (ArenaCache, "keep", "compact", "host"),
+    (NoiseQueue, "peek", "noise", "host"),  # of a round that is captured
 )
+GRAPHS = {"draft": "draft graph", "walk": "verify graph", "verify": "verify graph", "keep": "keep graph"}
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ def instrumented(clock: RoundClock) -> Iterator[RoundClock]:
         stack.enter_context(replaced(Rounds, "run", _starting(clock)))
         stack.enter_context(replaced(Target, "_armed", _armed(clock)))
         stack.enter_context(replaced(ArenaCache, "append_to", _ending(clock)))
+        stack.enter_context(replaced(GraphRounds, "_replayed", _replaying(clock)))
         yield clock
 
 
@@ -204,6 +211,17 @@ def _ending(clock: RoundClock) -> Callable:
         return append_to(*args, **kwargs)
 
     return ending
+
+
+def _replaying(clock: RoundClock) -> Callable:
+    replayed = GraphRounds._replayed
+
+    @functools.wraps(replayed)
+    def replaying(rounds: GraphRounds, name: str, *args, **kwargs):
+        with clock.inside(GRAPHS[name]):
+            return replayed(rounds, name, *args, **kwargs)
+
+    return replaying
 
 
 def _armed(clock: RoundClock) -> Callable:

@@ -1,5 +1,6 @@
 """`fspad-hf profile`: where a speculation round's time goes, and how far that is from what the machine could do."""
 
+import copy
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -10,6 +11,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..configuration_fspad import FSPADConfig
+from ..generation import graphs
 from ..generation.cache import ArenaCache
 from ..generation.probe import probe
 from ..generation.tree import CandidateTree
@@ -21,7 +23,7 @@ from .instrument import EXCLUDED, PARTS, Round, RoundClock, device_busy, instrum
 from .peers import MODES, Answer, Method, make_methods
 from .roofline import copy_bandwidth, weight_traffic
 
-FSPAD = "FSPAD eager"
+FSPAD, GRAPH = "FSPAD eager", "FSPAD graph"
 PEERS = ("compile", "prompt-lookup")
 
 
@@ -74,16 +76,26 @@ class ForcedMethod(Method):
     def __init__(self, name: str, draft: FSPADDraftModel, tau: float, clock: RoundClock | None = None):
         super().__init__(name, {"assistant_model": draft})
         self.tau, self.clock = tau, clock
+        self.captured = draft.config.cuda_graphs  # a processor of ours would take the walk out of the graph
 
     def answer(self, *args, **kwargs) -> Answer:
         excluded = nullcontext if self.clock is None else lambda: self.clock.inside(EXCLUDED)
         with forced(self.tau, excluded) as processor:
-            self.arguments["logits_processor"] = LogitsProcessorList([processor])
+            self.arguments["logits_processor"] = LogitsProcessorList([] if self.captured else [processor])
             return super().answer(*args, **kwargs)
 
 
 def fspad_method(draft: FSPADDraftModel, tau: float | None, clock: RoundClock | None = None) -> Method:
-    return Method(FSPAD, {"assistant_model": draft}) if tau is None else ForcedMethod(FSPAD, draft, tau, clock)
+    name = GRAPH if draft.config.cuda_graphs else FSPAD
+    return Method(name, {"assistant_model": draft}) if tau is None else ForcedMethod(name, draft, tau, clock)
+
+
+def variant(draft: FSPADDraftModel, cuda_graphs: bool) -> FSPADDraftModel:
+    """The same draft, on the same weights, with and without graphs."""
+    other = copy.copy(draft)
+    other.config = copy.deepcopy(draft.config)
+    other.config.cuda_graphs = cuda_graphs
+    return other
 
 
 class VerifyCost:
@@ -137,11 +149,17 @@ class Profile:
         if (why := probe(target).reason) is not None:
             raise ValueError(f"{type(target).__name__} generates without speculation, because {why}: nothing to time.")
         self.target, self.draft, self.inputs, self.settings = target, draft, list(inputs), settings
-        self.methods = [*make_methods(list(settings.methods), {}, None), fspad_method(draft, settings.tau)]
-        self.clocks = {mode: RoundClock(target.device) for mode in settings.modes}
+        drafts = [
+            variant(draft, captured) for captured in ((False, True) if graphs.can_capture(target.device) else (False,))
+        ]
+        self.drafts = {fspad_method(one, None).name: one for one in drafts}
+        fspad = [fspad_method(one, settings.tau) for one in drafts]
+        self.methods = [*make_methods(list(settings.methods), {}, None), *fspad]
+        runs = [(mode, name) for mode in settings.modes for name in self.drafts]
+        self.clocks = {run: RoundClock(target.device) for run in runs}
         self.answers: dict[tuple[str, str], list[list[Answer]]] = {}
         self.errors: dict[str, str] = {}
-        self.profiled: dict[str, list[Answer]] = {mode: [] for mode in settings.modes}
+        self.profiled: dict[tuple[str, str], list[Answer]] = {run: [] for run in runs}
         longest = max((one["input_ids"] for one in self.inputs), key=lambda ids: ids.shape[1])
         self.verify = VerifyCost(target, longest, settings.rows)
         self.bandwidth = copy_bandwidth(target.device)
@@ -163,20 +181,31 @@ class Profile:
         for mode in self.settings.modes:
             for i in range(len(self.methods)):
                 self._time(self.methods[(i + number) % len(self.methods)], mode)
-            clock = self.clocks[mode]
-            with instrumented(clock):
-                self.profiled[mode] += self._answers(fspad_method(self.draft, self.settings.tau, clock), mode)
+            for name, draft in self.drafts.items():
+                clock = self.clocks[mode, name]
+                with instrumented(clock):
+                    self.profiled[mode, name] += self._answers(fspad_method(draft, self.settings.tau, clock), mode)
         self.verify.measure()
 
     def results(self) -> dict:
         """
-        `rounds` (of each mode: seconds and their parts, tau), `verify` (seconds by rows), `roofline` (bytes, bandwidth
-        and the bounds they set) and `speed` (a row a method of each mode). Seconds and bytes throughout.
+        `rounds` (of each mode: seconds and their parts, tau), `graph_rounds` (the same of captured ones; empty where
+        none can be), `verify` (seconds by rows), `roofline` (bytes, bandwidth and the bounds they set) and `speed` (a
+        row a method of each mode). Seconds and bytes throughout.
         """
-        rounds = {mode: self._rounds(mode) for mode in self.settings.modes}
+        rounds, graph_rounds = (
+            {mode: self._rounds(mode, name) for mode in self.settings.modes if name in self.drafts}
+            for name in (FSPAD, GRAPH)
+        )
         costs = [{"rows": n, "seconds": statistics.median(s)} for n, s in self.verify.seconds.items()]
         speed = {mode: self._speed(mode) for mode in self.settings.modes}
-        return {"rounds": rounds, "verify": costs, "roofline": self._roofline(rounds), "speed": speed}
+        return {
+            "rounds": rounds,
+            "graph_rounds": graph_rounds,
+            "verify": costs,
+            "roofline": self._roofline(rounds),
+            "speed": speed,
+        }
 
     def _answers(self, method: Method, mode: str) -> list[Answer]:
         run = (self.settings.max_new_tokens, self.settings.seed)
@@ -190,25 +219,25 @@ class Profile:
                 self._failed(method, error)
 
     def _failed(self, method: Method, error: Exception) -> None:
-        if method.name == FSPAD:
+        if method.name in self.drafts:
             raise error
         self.errors[method.name] = reason(error)
         if self.target.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _rounds(self, mode: str) -> dict:
-        timed = self.clocks[mode].rounds()
+    def _rounds(self, mode: str, name: str) -> dict:
+        timed = self.clocks[mode, name].rounds()
         used = middle_half(full_rounds(timed))
         parts = {part: statistics.fmean(r.parts[part] for r in used) for part in PARTS}
-        lengths = [length for answer in self.profiled[mode] for length in answer.accepted_lengths]
+        lengths = [length for answer in self.profiled[mode, name] for length in answer.accepted_lengths]
         result = {"seconds": sum(parts.values()), "parts": parts, "timed": len(timed), "used": len(used)}
         result |= {"tau": sum(lengths) / len(lengths), "gpu_busy_seconds": None}
         if self.target.device.type == "cuda":
-            result["gpu_busy_seconds"] = device_busy(self.target.device, lambda clock: self._once(mode, clock))
+            result["gpu_busy_seconds"] = device_busy(self.target.device, lambda clock: self._once(mode, name, clock))
         return result
 
-    def _once(self, mode: str, clock: RoundClock) -> None:
-        method = fspad_method(self.draft, self.settings.tau, clock)
+    def _once(self, mode: str, name: str, clock: RoundClock) -> None:
+        method = fspad_method(self.drafts[name], self.settings.tau, clock)
         method.answer(self.target, self.inputs[0], mode, self.settings.max_new_tokens, self.settings.seed)
 
     def _roofline(self, rounds: dict) -> dict:

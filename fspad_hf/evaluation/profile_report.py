@@ -14,24 +14,30 @@ def profile_tables(result: dict) -> list[tuple[str, Table]]:
     """The tables of [`fspad_hf.evaluation.profile.profile`]'s result under their titles, in reading order."""
     bandwidth = result["roofline"]["bandwidth"] / 1e9
     return [
-        ("A round", _rounds(result["rounds"])),
+        ("A round", _rounds(titled_rounds(result))),
         ("A verification forward by its rows", _verify(result["verify"])),
         (f"Reading the weights alone, at {bandwidth:.0f} GB/s (copy, read + written)", _roofline(result)),
         ("Whole answers", _speed(result["speed"])),
     ]
 
 
+def titled_rounds(result: dict) -> dict[str, dict]:
+    """Eager rounds and captured ones, by their titles."""
+    titled = {MODE_TITLES[mode]: found for mode, found in result["rounds"].items()}
+    return titled | {f"{MODE_TITLES[mode]}, graph": found for mode, found in result["graph_rounds"].items()}
+
+
 def save_plot(result: dict, path: Path) -> None:
-    """Writes an SVG: a round's time by part, a bar a part and a colour a mode."""
-    rounds = result["rounds"]
+    """Writes an SVG: a round's time by part, a bar a part and a colour a mode, captured or not."""
+    rounds = titled_rounds(result)
     parts = [part for part in PARTS if any(found["parts"][part] > 0 for found in rounds.values())]
     figure, axes = make_axes("")
     height = 0.8 / len(rounds)
-    for i, (mode, found) in enumerate(rounds.items()):
+    for i, (title, found) in enumerate(rounds.items()):
         places = [y + (i - (len(rounds) - 1) / 2) * height for y in range(len(parts))]
-        label = f"{MODE_TITLES[mode]}: {found['seconds'] * 1e3:.1f} ms, tau {found['tau']:.2f}"
+        label = f"{title}: {found['seconds'] * 1e3:.1f} ms, tau {found['tau']:.2f}"
         times = [found["parts"][part] * 1e3 for part in parts]
-        axes.barh(places, times, height * 0.9, color=COLOURS[(4, 1)[i % 2]], label=label)
+        axes.barh(places, times, height * 0.9, color=COLOURS[(4, 1, 2, 3)[i % 4]], label=label)
     axes.set_yticks(range(len(parts)), [PARTS[part] for part in parts])
     axes.invert_yaxis()
     axes.xaxis.grid(True, color=INK, alpha=0.25)
@@ -49,8 +55,9 @@ def _table(*columns: str) -> Table:
 
 
 def _rounds(rounds: dict) -> Table:
-    table = _table("part", *(cell for mode in rounds for cell in (f"{MODE_TITLES[mode]}, ms", "share")))
-    for part, title in PARTS.items():
+    table = _table("part", *(cell for title in rounds for cell in (f"{title}, ms", "share")))
+    shown = [part for part in PARTS if "graph" not in part or any(f["parts"][part] for f in rounds.values())]
+    for part, title in ((part, PARTS[part]) for part in shown):
         cells = []
         for found in rounds.values():
             seconds = found["parts"][part]
@@ -87,6 +94,9 @@ def _roofline(result: dict) -> Table:
         plain = result["speed"][mode][0]["token_seconds"]
         rows = [("plain token", roof["target_bytes"], roof["plain_token_seconds"], plain, 1.0)]
         rows += [("round", roof["round_bytes"], roof["round_seconds"], found["seconds"], found["tau"])]
+        if mode in result["graph_rounds"]:
+            captured = result["graph_rounds"][mode]
+            rows += [("graph round", roof["round_bytes"], roof["round_seconds"], captured["seconds"], captured["tau"])]
         for name, size, bound, measured, tokens in rows:
             shown = ("-", "-") if measured is None else (f"{measured * 1e3:.2f}", f"{measured / bound:.1f}")
             label = f"{name}, {MODE_TITLES[mode]}"

@@ -1,5 +1,6 @@
 import functools
 import gc
+import io
 import json
 import time
 import weakref
@@ -8,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from rich.console import Console
 from torch.autograd import DeviceType
 from transformers import CompileConfig
 
@@ -15,13 +17,16 @@ from fspad_hf.cli import main
 from fspad_hf.evaluation import peers, profile_run
 from fspad_hf.evaluation import profile as module
 from fspad_hf.evaluation.forcing import forced, plan, total_tokens
-from fspad_hf.evaluation.instrument import PARTS, TIMED, Round, RoundClock, covered, device_busy, instrumented
+from fspad_hf.evaluation.instrument import GRAPHS, PARTS, TIMED, Round, RoundClock, covered, device_busy, instrumented
 from fspad_hf.evaluation.peers import MODES, Method
 from fspad_hf.evaluation.profile import ProfileSettings, full_rounds, middle_half, profile
+from fspad_hf.evaluation.profile_report import profile_tables, save_plot
 from fspad_hf.evaluation.roofline import copy_bandwidth, weight_traffic
 from fspad_hf.evaluation.shapes import random_draft, random_target
 from fspad_hf.generation.cache import ArenaCache
 from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
+from fspad_hf.generation.graphs import GraphRounds
+from fspad_hf.generation.rounds import Rounds
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import CandidateTree
 
@@ -31,7 +36,7 @@ from ..conftest import fresh_draft, rng_state
 CPU = torch.device("cpu")
 TREE = {"tree_depth": 3, "tree_top_k": 4, "tree_total_nodes": 12}
 WRAPPED = [(owner, name) for owner, name, *_ in TIMED]
-WRAPPED += [(Target, "_armed"), (ArenaCache, "append_to")]
+WRAPPED += [(Target, "_armed"), (ArenaCache, "append_to"), (Rounds, "run"), (GraphRounds, "_replayed")]
 
 
 @pytest.fixture(scope="module")
@@ -83,12 +88,12 @@ def test_tokens_and_generator_are_untouched_and_parts_add_up(llama, draft, promp
     for r in rounds[:-3]:
         assert r.levels == 3
         used = {part for part, seconds in r.parts.items() if seconds > 0}
-        assert used == PARTS.keys() - ({"noise"} if mode == "greedy" else set())
+        assert used == PARTS.keys() - {*GRAPHS.values()} - ({"noise"} if mode == "greedy" else set())
 
 
 def test_a_slow_part_is_found(llama, draft, prompt, monkeypatch):
     """Each part gets the time that passes in it, and no other part does."""
-    for (owner, name), part in zip(WRAPPED[:9], [row[2] for row in TIMED], strict=True):
+    for owner, name, part, _ in TIMED[:9]:  # the tenth is of captured rounds
         original = vars(owner)[name]
 
         def slow(*args, _original=original, **kwargs):
@@ -102,7 +107,7 @@ def test_a_slow_part_is_found(llama, draft, prompt, monkeypatch):
                 answer(llama, Method("FSPAD", {"assistant_model": draft}), prompt, "sampled", tokens=12)
         rounds = [r for r in clock.rounds()[1:] if r.levels == 3]
         slowed = {part for part in PARTS if min(r.parts[part] for r in rounds) > 0.009}
-        assert slowed == {part} | ({"accept"} if part in ("levels", "compact") else set())  # both are called there too
+        assert slowed == {part} | ({"accept"} if part == "levels" else set())  # they are called there too
 
 
 def test_the_functions_are_themselves_again(llama, draft, prompt, monkeypatch):
@@ -210,7 +215,7 @@ def test_a_profile(llama, draft, prompt, small, monkeypatch):
     settings = ProfileSettings(max_new_tokens=16, repeats=2, rows=(1, 5))
     result = profile(llama, draft, [inputs_of(prompt), inputs_of(prompt[:, :6])], settings)
     json.dumps(result, allow_nan=False)
-    assert set(result) == {"rounds", "verify", "roofline", "speed"}
+    assert set(result) == {"rounds", "graph_rounds", "verify", "roofline", "speed"} and not result["graph_rounds"]
     for mode in MODES:
         found = result["rounds"][mode]
         assert set(found) == {"seconds", "parts", "timed", "used", "tau", "gpu_busy_seconds"}
@@ -226,6 +231,29 @@ def test_a_profile(llama, draft, prompt, small, monkeypatch):
         assert roof["fspad_tokens_per_second"][mode] == found["tau"] / roof["round_seconds"]
     assert roof["plain_token_seconds"] == roof["target_bytes"] / roof["bandwidth"]
     assert [cost["rows"] for cost in result["verify"]] == [1, 5] and all(c["seconds"] > 0 for c in result["verify"])
+
+
+@pytest.mark.parametrize("tau", [None, 2.0])
+def test_captured_rounds_beside_eager_ones(llama, prompt, small, captured, tau, tmp_path):
+    draft = fresh_draft(llama, **TREE)
+    settings = ProfileSettings(max_new_tokens=41, repeats=2, rows=(1,), methods=(), tau=tau)
+    result = profile(llama, draft, [inputs_of(prompt)], settings)
+    assert captured and not draft.config.cuda_graphs
+    for mode in MODES:
+        found, eager = result["graph_rounds"][mode], result["rounds"][mode]
+        used = {part for part, seconds in found["parts"].items() if seconds}
+        assert used - {"noise"} == {*GRAPHS.values(), "walk", "host"} and ("noise" in used) == (mode == "sampled")
+        assert {part for part, seconds in eager["parts"].items() if seconds}.isdisjoint(GRAPHS.values())
+        rows = {row["method"]: row for row in result["speed"][mode]}
+        assert list(rows) == ["plain", "FSPAD eager", "FSPAD graph"]
+        if tau is not None:
+            assert found["tau"] == eager["tau"] == tau
+    for title, table in profile_tables(result):
+        Console(file=(shown := io.StringIO()), width=200).print(title, table)
+        assert title != "A round" or "T = 0, graph, ms" in shown.getvalue()
+        assert "at least" not in shown.getvalue() or "graph round, T = 0" in shown.getvalue()
+    save_plot(result, tmp_path / "rounds.svg")
+    assert "T = 1, graph" in (tmp_path / "rounds.svg").read_text()
 
 
 def test_a_failing_method_is_a_row_that_says_why(llama, draft, prompt, small, monkeypatch):

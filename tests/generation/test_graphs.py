@@ -26,24 +26,8 @@ from fspad_hf.host import CACHE
 
 from .. import tiny
 from ..conftest import fresh_draft, rng_state
-from ..recorder import record
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
-
-
-@pytest.fixture
-def captured(monkeypatch):
-    """Graphs on the CPU; the list grows by each capture."""
-    made = []
-
-    def capture(step, device):
-        made.append(step)
-        return record(step, device)
-
-    monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
-    monkeypatch.setattr(graphs, "SMALLEST_BUCKET", 64)
-    return made
 
 
 @pytest.fixture
