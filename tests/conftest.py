@@ -61,6 +61,42 @@ def captured(monkeypatch):
 
 
 @pytest.fixture
+def teach(monkeypatch):
+    """
+    `teach(reference, accuracy, vocab_size, device)`: an oracle that a graph can hold, whose trees have the reference's
+    next tokens, scattered over the slots.
+    """
+
+    def use(reference, accuracy, vocab_size, device="cpu"):
+        truth = torch.tensor([*reference, *[0] * 64], device=device)
+        right = (torch.rand(len(truth), generator=torch.Generator().manual_seed(5)) < accuracy).to(device)
+
+        def numbers(values):
+            """Without a constant made on the host."""
+            places = torch.arange(len(values), device=device)
+            return sum(((places == i) * value for i, value in enumerate(values)), torch.zeros_like(places))[None]
+
+        def grow_padded(self, root, shape, rows):
+            here = torch.arange(shape.depth, device=device) + self.cache.length + 1
+            tokens, parents, depths, parent = [root[0]], [0], [0], 0
+            for level in range(shape.depth):
+                place = here[level : level + 1]
+                true = torch.where(right[place], truth[place], (truth[place] + 3) % vocab_size)
+                children = [(truth[place] + 1) % vocab_size, (truth[place] + 2) % vocab_size]
+                children.insert(level % 3, true)
+                parents += [parent] * 3
+                depths += [level + 1] * 3
+                parent = len(parents) - 3 + level % 3
+                tokens += children
+            scores = -torch.arange(len(parents), dtype=torch.float32, device=device)[None]
+            return CandidateTree(torch.cat(tokens)[None], numbers(parents), numbers(depths), scores)
+
+        monkeypatch.setattr(FSPADCandidateGenerator, "grow_padded", grow_padded)
+
+    return use
+
+
+@pytest.fixture
 def local_hub(monkeypatch, tmp_path):
     """A hub that this process knows instead of the real one, with an empty cache; alice is logged in."""
     with HubServer({"hf_alice": "alice", "hf_bob": "bob"}) as server:

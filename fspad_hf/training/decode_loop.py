@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
+from ..generation.graphs import capture
 from ..generation.probe import probe
 from ..generation.target import attention_windows, execution_device
 from ..host import CACHE
@@ -200,12 +201,10 @@ def captured(step: Callable[[], None], device: torch.device) -> Callable[[], Non
     whatever state `step` has, so set that state afterwards.
     """
     with torch.cuda.device(device):
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_STEPS):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph):
-            step()
-    return graph.replay
+    return capture(step, device)[0]

@@ -1,10 +1,15 @@
-"""On a GPU, eager path, fp32: tokens and generator state are plain generate's. Skipped where there is none.
+"""On a GPU, fp32, eager and captured: tokens and generator state are plain generate's. Skipped where there is none.
 
 The full-precision promise needs full-precision matmuls: TF32 is off, as it is by default.
 """
 
+import gc
+import warnings
+
 import pytest
 import torch
+
+from fspad_hf.generation.workspace import WorkspacePool
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -39,3 +44,87 @@ def test_real_draft(prompt, coupled):
             )
             outcomes.append((out.tolist(), torch.cuda.get_rng_state().tolist()))
         assert outcomes[0] == outcomes[1]
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+GRAPHS = {"cuda_graphs": True, "tree_depth": 4, "tree_top_k": 3, "tree_total_nodes": 12}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, SAMPLED, {**SAMPLED, "repetition_penalty": 1.2}], ids=["greedy", "T", "penalty"]
+)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_graphs(name, settings, teach, prompt):
+    """Across a bucket; nothing may be refused but what says so here."""
+    model, ids = tiny.build(name, "eager" if name in ("gemma2", "gpt_oss") else "sdpa").to("cuda"), prompt.to("cuda")
+    draft = fresh_draft(model, **GRAPHS)
+    arguments = {"max_new_tokens": 60, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    torch.manual_seed(3)
+    plain = model.generate(ids, **arguments, **settings)
+    state = torch.cuda.get_rng_state()
+    teach(plain.sequences[0].tolist(), 0.9, model.config.get_text_config().vocab_size, "cuda")
+    for _ in range(2):  # the second call captures nothing
+        torch.manual_seed(3)
+        fast = model.generate(ids, assistant_model=draft, **arguments, **settings)
+        assert fast.sequences.tolist() == plain.sequences.tolist() and fast.speculation.tau > 2
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+    assert not WorkspacePool.of(draft).refused
+
+
+@pytest.mark.parametrize(
+    "overrides", [{}, {"draft_vocab_size": 40}, {"coupled_drafting": False}, {"tree": "auto"}], ids=str
+)
+def test_graphs_of_a_real_draft(prompt, overrides, tmp_path, monkeypatch):
+    monkeypatch.setenv("FSPAD_HF_CACHE", str(tmp_path))
+    model, ids = tiny.build("llama").to("cuda"), prompt.to("cuda")
+    draft = fresh_draft(model, **GRAPHS, **overrides)
+    for seed in range(4):
+        for settings in ({}, SAMPLED):
+            outcomes = []
+            for assistant in (None, draft):
+                torch.manual_seed(seed)
+                out = model.generate(ids, assistant_model=assistant, max_new_tokens=50, eos_token_id=None, **settings)
+                outcomes.append((out.tolist(), torch.cuda.get_rng_state().tolist()))
+            assert outcomes[0] == outcomes[1]
+    assert not WorkspacePool.of(draft).refused
+
+
+def test_a_captured_round_waits_once(prompt):
+    model, ids = tiny.build("llama").to("cuda"), prompt.to("cuda")
+    draft = fresh_draft(model, **GRAPHS)
+
+    def run():
+        return model.generate(
+            ids, assistant_model=draft, max_new_tokens=60, eos_token_id=None, pad_token_id=0,
+            return_dict_in_generate=True, **SAMPLED,
+        )  # fmt: skip
+
+    run()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            rounds = run().speculation.rounds
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = sum("synchroniz" in str(one.message) for one in seen)
+    assert rounds > 30 and waits <= rounds + 25  # those of the prefill, the first token and the end
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_memory_does_not_grow_and_goes_with_the_draft(graphs):
+    model = tiny.build("llama").to("cuda")
+    gc.collect(), torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    draft = fresh_draft(model, **{**GRAPHS, "cuda_graphs": graphs})
+    marks = []
+    for call in range(200):
+        ids = torch.randint(3, 64, (1, 4 + call % 100), device="cuda")
+        model.generate(ids, assistant_model=draft, max_new_tokens=12, eos_token_id=None, pad_token_id=0)
+        if call % 100 == 99:
+            gc.collect()
+            marks.append(torch.cuda.memory_allocated())
+    assert marks[1] <= marks[0]
+    del draft, ids
+    gc.collect(), torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() <= before + (1 << 20)  # what the probe keeps

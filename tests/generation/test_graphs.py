@@ -20,7 +20,7 @@ from fspad_hf.generation import decoding, graphs, tuning
 from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
 from fspad_hf.generation.graphs import GraphRounds, Plan
 from fspad_hf.generation.target import Target
-from fspad_hf.generation.tree import CandidateTree, TreeShape
+from fspad_hf.generation.tree import TreeShape
 from fspad_hf.generation.workspace import IDLE_WORKSPACES, WorkspacePool
 from fspad_hf.host import CACHE
 
@@ -28,37 +28,6 @@ from .. import tiny
 from ..conftest import fresh_draft, rng_state
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
-
-
-@pytest.fixture
-def teach(monkeypatch):
-    """`teach(reference, accuracy, vocab_size)`: trees with the reference's next tokens, scattered over the slots."""
-
-    def use(reference, accuracy, vocab_size):
-        truth = torch.tensor([*reference, *[0] * 64])
-        right = torch.rand(len(truth), generator=torch.Generator().manual_seed(5)) < accuracy
-
-        def grow_padded(self, root, shape, rows):
-            here = self.cache.length + 1 + torch.arange(shape.depth) if shape.depth else None
-            tokens, parents, depths, parent = [root[0]], [0], [0], 0
-            for level in range(shape.depth):
-                place = here[level : level + 1]
-                true = torch.where(right[place], truth[place], (truth[place] + 3) % vocab_size)
-                children = [(truth[place] + 1) % vocab_size, (truth[place] + 2) % vocab_size]
-                children.insert(level % 3, true)
-                parents += [parent] * 3
-                depths += [level + 1] * 3
-                parent = len(parents) - 3 + level % 3
-                tokens += children
-            numbers = [torch.arange(len(parents)) * 0]
-            for values in (parents, depths):  # without constants made on the host
-                numbers.append(sum((torch.arange(len(values)) == i) * v for i, v in enumerate(values)))
-            scores = -torch.arange(len(parents), dtype=torch.float32)[None]
-            return CandidateTree(torch.cat(tokens)[None], numbers[1][None], numbers[2][None], scores)
-
-        monkeypatch.setattr(FSPADCandidateGenerator, "grow_padded", grow_padded)
-
-    return use
 
 
 @pytest.fixture
