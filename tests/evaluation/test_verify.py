@@ -7,7 +7,7 @@ from fspad_hf.cli import main
 from fspad_hf.evaluation import verify as module
 from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.verify import verify
-from fspad_hf.generation import decoding, hook
+from fspad_hf.generation import rounds, hook
 from fspad_hf.generation.cache import ArenaCache
 from fspad_hf.generation.probe import ProbeResult
 from fspad_hf.generation.verification import NoiseQueue
@@ -106,14 +106,14 @@ def test_a_broken_walk_fails_the_command(llama, tokenizer, draft, tmp_path, monk
     llama.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
     draft.save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
 
-    def gullible(tree, logits, emitter, path):
+    def gullible(tree, logits, emitter, path, ahead):
         node = 1 if tree.tokens.shape[1] > 1 else 0
         path += [0, node][: 1 + bool(node)]
         for row in path:
             if not emitter.finished:
                 emitter.emit(logits[:, row])
 
-    monkeypatch.setattr(decoding, "walk", gullible)
+    monkeypatch.setattr(rounds, "walk", gullible)
     paths = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
     assert main(["verify", *paths, "--prompt", "tell me", "--seeds", "1", "--max-new-tokens", "12"]) == 1
     shown = capsys.readouterr().out
