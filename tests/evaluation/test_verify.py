@@ -7,7 +7,7 @@ from fspad_hf.cli import main
 from fspad_hf.evaluation import verify as module
 from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.verify import verify
-from fspad_hf.generation import rounds, hook
+from fspad_hf.generation import hook, rounds
 from fspad_hf.generation.cache import ArenaCache
 from fspad_hf.generation.probe import ProbeResult
 from fspad_hf.generation.verification import NoiseQueue
