@@ -135,9 +135,18 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
 
 
 def foreign_hooks(model: PreTrainedModel) -> int:
-    """How many forward hooks other than ours are on the model: one more may change what it computes."""
+    """
+    How many forward hooks are on the model that may change what it computes: neither ours nor those that transformers
+    leaves behind once it has been asked for hidden states.
+    """
     hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return sum(not isinstance(getattr(hook, "__self__", None), Target) for hook in hooks)
+    return sum(not _is_harmless(hook) for hook in hooks)
+
+
+def _is_harmless(hook) -> bool:
+    return isinstance(getattr(hook, "__self__", None), Target) or str(getattr(hook, "__module__", "")).startswith(
+        "transformers."
+    )
 
 
 def _logit_transform(target: Target, features: torch.Tensor, logits: torch.Tensor) -> str | None:

@@ -192,6 +192,15 @@ def test_a_second_call_captures_nothing_and_follows_changed_weights(captured, pr
     assert generate(model, draft, prompt).tolist() == plain.tolist() and len(captured) == before + 3
 
 
+def test_hooks_that_transformers_leaves_behind_do_no_harm(captured, prompt):
+    model = tiny.build("llama")
+    model(prompt, output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    draft = fresh_draft(model, cuda_graphs=True)
+    plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    assert generate(model, draft, prompt).tolist() == plain.tolist() and len(captured) == 3
+
+
 def test_other_settings_are_other_graphs(captured, prompt):
     model = tiny.build("llama")
     draft = fresh_draft(model, cuda_graphs=True)
@@ -366,7 +375,7 @@ def test_a_step_copies_nothing_between_host_and_device(name):
         target.device = torch.device("meta")
         generator = FSPADCandidateGenerator(draft, target, warpers)
         with target.listening(), target._armed() as caught, torch.no_grad():
-            model(ids, use_cache=True, **{CACHE: cache})
+            model(ids, attention_mask=torch.zeros(1, 1, 7, 7), use_cache=True, **{CACHE: cache})
             features = target._features(None, caught)
     emitter = SimpleNamespace(input_ids=torch.zeros(1, 8, dtype=torch.long), emitted=[1], noise=True)
     emitter.scores = emitter.raw_logits = None
