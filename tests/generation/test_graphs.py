@@ -375,7 +375,8 @@ def test_a_step_copies_nothing_between_host_and_device(name):
         target.device = torch.device("meta")
         generator = FSPADCandidateGenerator(draft, target, warpers)
         with target.listening(), target._armed() as caught, torch.no_grad():
-            model(ids, attention_mask=torch.zeros(1, 1, 7, 7), use_cache=True, **{CACHE: cache})
+            explicit = {"attention_mask": torch.zeros(1, 1, 7, 7), "position_ids": torch.zeros_like(ids)}
+            model(ids, use_cache=True, **explicit, **{CACHE: cache})
             features = target._features(None, caught)
     emitter = SimpleNamespace(input_ids=torch.zeros(1, 8, dtype=torch.long), emitted=[1], noise=True)
     emitter.scores = emitter.raw_logits = None
