@@ -7,7 +7,7 @@ from huggingface_hub import constants, hf_api
 from transformers.utils import hub
 
 from fspad_hf import FSPADCandidateGenerator, FSPADDraftModel
-from fspad_hf.generation import graphs
+from fspad_hf.generation import capturing, graphs
 from fspad_hf.generation.tree import CandidateTree
 
 from . import tiny
@@ -50,12 +50,12 @@ def captured(monkeypatch):
     """Graphs on the CPU; the list grows by each capture."""
     made = []
 
-    def capture(step, device):
-        made.append(step)
-        return record(step, device)
+    def capture(step, device, pool=None):
+        made.append(None)
+        return record(step)
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
+    monkeypatch.setattr(capturing, "can_capture", lambda device: True)
     monkeypatch.setattr(graphs, "SMALLEST_BUCKET", 64)
     return made
 

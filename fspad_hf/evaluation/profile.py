@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..configuration_fspad import FSPADConfig
-from ..generation import graphs
+from ..generation import capturing
 from ..generation.cache import ArenaCache
 from ..generation.probe import probe
 from ..generation.tree import CandidateTree
@@ -150,7 +150,8 @@ class Profile:
             raise ValueError(f"{type(target).__name__} generates without speculation, because {why}: nothing to time.")
         self.target, self.draft, self.inputs, self.settings = target, draft, list(inputs), settings
         drafts = [
-            variant(draft, captured) for captured in ((False, True) if graphs.can_capture(target.device) else (False,))
+            variant(draft, captured)
+            for captured in ((False, True) if capturing.can_capture(target.device) else (False,))
         ]
         self.drafts = {fspad_method(one, None).name: one for one in drafts}
         fspad = [fspad_method(one, settings.tau) for one in drafts]

@@ -17,6 +17,7 @@ from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import cache_folder, write_json
 from .candidate_generator import FSPADCandidateGenerator
+from .capturing import why_no_graphs
 from .graphs import make_rounds
 from .target import Target
 from .tree import PLAIN, CandidateTree, TreeShape
@@ -172,6 +173,7 @@ def _key(target: Target, draft: FSPADDraftModel) -> str:
         "draft": _fields(draft.config),
         "place": [str(device), name, str(model.dtype), str(draft.dtype), torch.get_num_threads()],
         "attention": target.text_config._attn_implementation,
+        "captured": draft.config.cuda_graphs and why_no_graphs(target, draft, model.dtype) is None,
         "versions": [torch.__version__, transformers.__version__],
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:32]

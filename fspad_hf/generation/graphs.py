@@ -17,18 +17,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
 from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
-from ..modeling_fspad import FSPADDraftModel
 from .cache import ArenaCache
-from .candidate_generator import STATIC_WARPERS, FSPADCandidateGenerator
-from .probe import foreign_hooks
+from .candidate_generator import FSPADCandidateGenerator
+from .capturing import CAPTURABLE_WARPERS, Rehearsal, addresses, capture, pair_key, why_no_graphs
 from .rounds import Rounds
 from .target import Target
 from .tree import CandidateTree, TreeShape
-from .verification import TokenEmitter, walk_ahead
+from .verification import TokenEmitter, settings_of, walk_ahead
 from .workspace import Graph, Workspace, WorkspacePool
 
 logger = logging.get_logger(__name__)
@@ -36,23 +34,6 @@ logger = logging.get_logger(__name__)
 SMALLEST_BUCKET = 512  # positions; each bucket is twice the one before
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; what rounding explains
 HALF_TOLERANCE = 0.1
-
-
-def capture(step: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """
-    Records `step`, which must have run before, as a CUDA graph.
-
-    Returns:
-        What replays it, and the outputs that each replay writes.
-    """
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = step()
-    return graph.replay, outputs
-
-
-def can_capture(device: torch.device) -> bool:
-    return device.type == "cuda"
 
 
 @dataclass
@@ -64,15 +45,22 @@ class Plan:
         shape: of its tree.
         noise: the draft sees the noise of the coming draws.
         ahead: the walk is captured too.
-        nodes: what it then visited.
+        frozen: whatever else of the call its graphs hold.
+        nodes: what a captured walk visited.
         tree_at: where the tree's tensors are, which a graph has frozen.
     """
 
     shape: TreeShape
     noise: bool
     ahead: bool
+    frozen: tuple = ()
     nodes: list[int] = field(default_factory=list)
     tree_at: int = 0
+
+    @property
+    def kind(self) -> tuple:
+        """Rounds of one kind share their graphs."""
+        return self.shape, self.noise, self.ahead, self.frozen
 
     @property
     def rows(self) -> int:
@@ -92,16 +80,19 @@ class GraphRounds(Rounds):
     def __init__(self, *args, pool: WorkspacePool, key: tuple, **kwargs):
         self.pool, self.key, self.workspace, self.plan = pool, key, None, None
         super().__init__(*args, **kwargs)
-        emitter = self.emitter
-        plain = emitter.scores is None and emitter.raw_logits is None
-        self.can_walk = plain and all(type(p) in STATIC_WARPERS for p in emitter.logits_processor)
-        self.settings = _settings(self.generator.warpers)
+        emitter, model = self.emitter, self.target.model
+        static = all(type(p) in CAPTURABLE_WARPERS for p in emitter.logits_processor)
+        self.can_walk = static and emitter.scores is None and emitter.raw_logits is None
+        self.can_draft = all(type(warper) in CAPTURABLE_WARPERS for warper in self.generator.warpers)
+        # code that runs between the tokens, and may change what a graph has frozen
+        self.is_watched = not (static and emitter.plain_criteria and emitter.streamer is None)
+        self.addresses = addresses(model, self.generator.draft) if self.is_watched else None
         self.is_cut = False  # the shape wanted is too deep here
 
     def make_arena(self) -> ArenaCache:
         config, length = self.generator.config, self.cache.get_seq_length()
         capacity = self._bucket(length, TreeShape.of(config))
-        found = self.pool.take(self.key, capacity)
+        found = self.pool.take(self.key, capacity, self.target.model)
         if found is None:
             found = self._workspace(ArenaCache.from_dynamic(self.cache, capacity))
         else:
@@ -123,15 +114,24 @@ class GraphRounds(Rounds):
     def begin(self, shape: TreeShape):
         if self._bucket(self.arena.length, shape) > self.workspace.capacity:
             self._enlarge(shape)
-        self.plan = None if self.is_cut or self.key in self.pool.refused else self._plan(shape)
+        self.plan = None if self.is_cut or not self.can_draft else self._plan(shape)
+        self.emitter.settings = None
+        if self.plan is not None and self.plan.ahead and self.is_watched:
+            self.emitter.settings = settings_of(self.emitter.logits_processor)
 
-    def _plan(self, shape: TreeShape) -> Plan:
-        noise = self.emitter.noise
+    def _plan(self, shape: TreeShape) -> Plan | None:
+        if self.is_watched and addresses(self.target.model, self.generator.draft) != self.addresses:
+            return None
+        noise, config = self.emitter.noise, self.generator.config
         rows = noise.peek(shape.depth + 1) if noise is not None else None
         if rows is not None:
             self.workspace.noise[: len(rows)] = rows
         ahead = self.can_walk and (noise is None or rows is not None)
-        return Plan(shape, rows is not None and self.generator.noise is not None, ahead)
+        sampled, warpers = noise is not None, settings_of(self.generator.warpers)
+        frozen = sampled, config.coupling_kappa, config.coupling_sharpness, warpers
+        plan = Plan(shape, rows is not None and self.generator.noise is not None, ahead, frozen)
+        self.target._head_rows = self.workspace.head_rows
+        return None if (self.key, plan.kind) in self.pool.refused else plan
 
     def accept(self):
         if self.plan is None:
@@ -155,10 +155,9 @@ class GraphRounds(Rounds):
         start = self.generator.cache.length
         tokens = self.unread[0][1][0].tolist() if shape.depth else self.emitter.emitted[-1:]
         workspace.write_state(start, self.arena.length, self.position(), tokens)
-        root = workspace.tokens[:, :1]
         if not shape.depth:
-            return CandidateTree.root(root)
-        drafted = self._replayed("draft", self._draft, self.generator.warpers)
+            return workspace.root
+        drafted = self._replayed("draft", self._draft, self.generator.warpers, workspace.head_rows)
         if drafted is None:  # it could not be captured
             super().accept()
             return super().grow(shape)
@@ -171,9 +170,10 @@ class GraphRounds(Rounds):
         if plan is None:
             return super().verify(tree)
         name = "walk" if plan.ahead else "verify"
-        known, plan.tree_at = self.workspace.graphs(plan.shape), tree.tokens.data_ptr()
-        expected = None if self._name(name) in known else super().verify(tree.clone())[0]
-        verified = self._replayed(name, lambda: self._verify(tree), self.emitter.logits_processor)
+        known, plan.tree_at = self.workspace.graphs(plan.kind), tree.tokens.data_ptr()
+        expected = None if (name, plan.tree_at) in known else super().verify(tree.clone())[0]
+        held = self.emitter.logits_processor if plan.ahead else None  # the user's own may hold anything
+        verified = self._replayed(name, lambda: self._verify(tree), tree, held)
         if verified is not None and expected is not None:
             difference = _difference(verified.outputs[0], expected)
             if difference is not None:
@@ -195,12 +195,12 @@ class GraphRounds(Rounds):
             return super().keep(path, features)
         self.unread = [(self._own(older), tokens) for older, tokens in self.unread]  # plain steps before this one
         if path != plan.nodes[: len(path)]:
-            workspace.path[: plan.rows] = torch.tensor(path + [0] * (plan.rows - len(path)))
+            workspace.path[: plan.rows] = torch.tensor(path + [0] * (plan.rows - len(path)), device="cpu")
         if self._replayed("keep", lambda: self._keep(features)) is None:
             self.arena.gather(torch.tensor(path, device=workspace.path.device))
             workspace.features[:, : len(path)] = features[:, path]
         self.arena.length += len(path)
-        self.unread.append((workspace.features[:, : len(path)], torch.tensor([self.emitter.emitted[-len(path) :]])))
+        self.unread.append((workspace.features[:, : len(path)], self.last_tokens(len(path))))
 
     def _own(self, features: torch.Tensor) -> torch.Tensor:
         """A copy of what the next replay would overwrite."""
@@ -226,37 +226,30 @@ class GraphRounds(Rounds):
         self.arena.gather(path)
         self.workspace.features[:, : self.plan.rows] = features[:, path]
 
-    def _name(self, name: str) -> tuple:
-        """What a graph of the plan's shape depends on beside it."""
-        plan, config = self.plan, self.generator.config
-        if name == "keep":
-            return (name, *self._name("walk" if plan.ahead else "verify"))
-        drafted = plan.noise, config.coupling_kappa, config.coupling_sharpness, self.settings
-        return name, drafted, self.emitter.noise is not None, plan.tree_at
-
     def _replayed(self, name: str, step: Callable[[], Any], *keep_alive) -> Graph | None:
         """Replays the graph of `step`, having captured it if there is none; without success the plan is given up."""
-        known, key = self.workspace.graphs(self.plan.shape), self._name(name)
+        known, key = self.workspace.graphs(self.plan.kind), (name, self.plan.tree_at if name != "draft" else 0)
         if key not in known:
             try:
-                self._warm_up(name, step)
+                self._rehearse(name, step)
                 with self._fixed():
-                    known[key] = Graph(*capture(step, self.target.device), keep_alive)
+                    captured = capture(step, self.target.device, self.workspace.memory)
             except torch.OutOfMemoryError:
                 raise
             except (RuntimeError, NotImplementedError) as error:
                 self._refuse(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
                 return None
+            known[key] = Graph(*captured, keep_alive)
         known[key].replay()
         return known[key]
 
-    def _warm_up(self, name: str, step: Callable[[], Any]):
+    def _rehearse(self, name: str, step: Callable[[], Any]):
         """Runs the step once; but for "keep", which moves rows, a step may be run as often as one likes."""
         path = self.workspace.path
         before = path.clone()
         if name == "keep":
-            path.copy_(torch.arange(len(path)))
-        with self._fixed():
+            path.copy_(torch.arange(len(path), device=path.device))
+        with self._fixed(), Rehearsal(self.target.device):
             step()
         path.copy_(before)
 
@@ -272,7 +265,7 @@ class GraphRounds(Rounds):
             self.arena.length, cache.length = lengths
 
     def _refuse(self, reason: str):
-        self.pool.refused[self.key] = reason
+        self.pool.refused[self.key, self.plan.kind] = reason
         self.plan = None
         logger.warning_once(f"The rounds of {type(self.target.model).__name__} run without CUDA graphs: {reason}")
 
@@ -285,9 +278,11 @@ class GraphRounds(Rounds):
 
     def _enlarge(self, shape: TreeShape):
         small, capacity = self.workspace, self._bucket(self.arena.length, shape)
-        found = self.pool.take(self.key, capacity)
+        found = self.pool.take(self.key, capacity, self.target.model)
         if found is None:
             found = self._workspace(self.arena.resized(capacity))
+        else:
+            found.arena.clear(), found.draft_cache.clear()
         found.arena.copy_from(small.arena)
         found.draft_cache.copy_from(small.draft_cache)
         self.unread = [(self._own(features), tokens) for features, tokens in self.unread]
@@ -317,7 +312,6 @@ class GraphRounds(Rounds):
                 for mine, new in zip(workspace.head_rows, fresh, strict=True):
                     if mine is not None:
                         mine.copy_(new)
-            self.target._head_rows = workspace.head_rows
 
 
 def make_rounds(
@@ -332,65 +326,21 @@ def make_rounds(
     draft = generator.draft
     if not draft.config.cuda_graphs:
         return Rounds(target, generator, emitter, cache, features, *args)
-    reason = why_no_graphs(target, draft, features)
+    reason = why_no_graphs(target, draft, features.dtype)
     if reason is not None:
         logger.warning_once(f"The rounds of {type(target.model).__name__} run without CUDA graphs: {reason}")
         return Rounds(target, generator, emitter, cache, features, *args)
-    pool, key = WorkspacePool.of(draft), pair_key(target, draft)
+    pool, key = WorkspacePool.of(draft), pair_key(target.model, draft)
     return GraphRounds(target, generator, emitter, cache, features, *args, pool=pool, key=key)
-
-
-def why_no_graphs(target: Target, draft: FSPADDraftModel, features: torch.Tensor) -> str | None:
-    """
-    Why a pair's rounds are not captured; `None` if they are. Cheap: it is asked at each call.
-
-    Args:
-        features: any of the target's.
-    """
-    model, device = target.model, target.device
-    modules = list(model.modules())
-    strangers = sorted({type(m).__module__ for m in modules} - {m for m in map(_home, modules) if m})
-    rules = {
-        f"they are on {device.type}": not can_capture(device),
-        "the draft is in another dtype or on another device": (draft.dtype, draft.device) != (features.dtype, device),
-        "the target is compiled": not target.use_hook,
-        "the target is on several devices": any(p.device != device for p in model.parameters()),
-        f"the target has modules of {', '.join(strangers)}": bool(strangers),
-        "hooks are on the target": foreign_hooks(model) > 0,
-        "a module of the target has a forward of its own": any("forward" in m.__dict__ for m in modules),
-        "autocast is on": torch.is_autocast_enabled(device.type),
-    }
-    return next((reason for reason, holds in rules.items() if holds), None)
-
-
-def _home(module: torch.nn.Module) -> str | None:
-    """Its Python module, if that is one whose forward depends on tensors alone."""
-    name = type(module).__module__
-    return name if name.split(".")[0] in ("torch", "transformers") else None
-
-
-def pair_key(target: Target, draft: FSPADDraftModel) -> tuple:
-    """What a graph has frozen of a pair: where its weights lie, and how attention is computed."""
-    model = target.model
-    where = tuple(t.data_ptr() for m in (model, draft) for t in (*m.parameters(), *m.buffers()))
-    attention = target.text_config._attn_implementation, draft.config._attn_implementation
-    return where, attention, model.dtype, target.device, TreeShape.of(draft.config)
-
-
-def _settings(processors: LogitsProcessorList) -> tuple:
-    """What a graph freezes of processors."""
-    return tuple(
-        (type(p).__name__, tuple((k, float(v)) for k, v in sorted(vars(p).items()) if v is not None))
-        for p in processors
-    )
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:
     """By how much logits differ, where rounding does not explain it."""
     tolerance = TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
     found, expected = found.float(), expected.float()
-    most = float(expected.abs().max())
-    difference = float((found - expected).abs().max())
+    off = torch.where(found == expected, 0.0, found - expected)  # of equal infinities, none
+    most = float(torch.where(expected.isinf(), 0.0, expected).abs().max())
+    difference = float(off.abs().max())
     if difference <= most * tolerance:
         return None
     return f"{difference:.3g} of {most:.3g}"

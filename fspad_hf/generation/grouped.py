@@ -37,7 +37,8 @@ def folded_attention(
     """
     (batch, heads, rows, width), key_heads = query.shape, key.shape[1]
     groups = heads // key_heads
-    if groups == 1 or attention_mask is None or attention_mask.shape[1] > 1 or kwargs.get("softcap") is not None:
+    special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias"))
+    if groups == 1 or attention_mask is None or attention_mask.shape[1] > 1 or special:
         attention = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     folded = query.reshape(batch, key_heads, groups * rows, width)

@@ -11,16 +11,23 @@ import torch
 from torch import nn
 
 ROWS = 8  # the layout is chosen for about so many
+SAMPLED = 64  # values of a weight by which a change is noticed
 
 
 class PackedWeight(NamedTuple):
     weight: torch.Tensor  # [out, in], as the module has it; held, so that its id stays its own
     version: int  # of the weight when it was packed
+    sample: torch.Tensor  # of its values then; what is written through `.data`, as PEFT merges, counts no version
     packed: torch.Tensor
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> "PackedWeight":
-        return cls(weight, weight._version, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS))
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+        return cls(weight, weight._version, _sample(weight).clone(), packed)
+
+    def is_of(self, weight: torch.Tensor) -> bool:
+        """Whether `weight` is what it was when it was packed."""
+        return self.weight is weight and self.version == weight._version and torch.equal(self.sample, _sample(weight))
 
 
 class PackedWeights(dict):
@@ -64,11 +71,16 @@ def packed_weights(model: nn.Module) -> PackedWeights:
         if type(module) is nn.Linear and can_pack(module.weight):
             weight = module.weight
             found = known.get(id(weight))
-            if found is None or found.version != weight._version or found.weight is not weight:
+            if found is None or not found.is_of(weight):
                 found = PackedWeight.of(weight)
             weights[id(weight)] = found
     model.__dict__["_fspad_prepacked"] = weights
     return weights
+
+
+def _sample(weight: torch.Tensor) -> torch.Tensor:
+    flat = weight.detach().view(-1)
+    return flat[:: max(len(flat) // SAMPLED, 1)]
 
 
 def can_pack(weight: torch.Tensor) -> bool:

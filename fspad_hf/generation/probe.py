@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch.nn.modules import module as torch_module
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -59,7 +60,8 @@ def probe(model: PreTrainedModel) -> ProbeResult:
 
 def _probe(model: PreTrainedModel) -> ProbeResult:
     """By a twin if that works, or else by the model itself."""
-    for use_twin in (True, False) if can_have_twin(model) and not is_compiled(model) else (False,):
+    twins = can_have_twin(model) and not is_compiled(model) and not foreign_hooks(model)
+    for use_twin in (True, False) if twins else (False,):
         try:
             found = _tried(model, use_twin)
         except torch.OutOfMemoryError:
@@ -136,10 +138,11 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
 
 def foreign_hooks(model: PreTrainedModel) -> int:
     """
-    How many forward hooks are on the model that may change what it computes: neither ours nor those that transformers
-    leaves behind once it has been asked for hidden states.
+    How many forward hooks there are that may change what the model computes, or look at its modules: neither ours nor
+    those that transformers leaves behind once it has been asked for hidden states.
     """
-    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    hooks = [*torch_module._global_forward_hooks.values(), *torch_module._global_forward_pre_hooks.values()]
+    hooks += [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     return sum(not _is_harmless(hook) for hook in hooks)
 
 

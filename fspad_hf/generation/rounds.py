@@ -110,7 +110,11 @@ class Rounds:
     def keep(self, path: list[int], features: torch.Tensor):
         """Of the rows that the last forward has added keeps those of `path`."""
         self.arena.keep(path)
-        self.unread.append((features[:, path], torch.tensor([self.emitter.emitted[-len(path) :]])))
+        self.unread.append((features[:, path], self.last_tokens(len(path))))
+
+    def last_tokens(self, count: int) -> torch.LongTensor:
+        """`[1, count]`, on the host."""
+        return torch.tensor([self.emitter.emitted[-count:]], device="cpu")
 
 
 def depth_limit(depth: int, length: int, offset: int, max_length: int | None, text_config) -> int:

@@ -45,7 +45,7 @@ class NoiseQueue:
             try:
                 while len(self._rows) < count:
                     # One call a row: on CUDA a [count, V] call numbers the philox subsequences differently.
-                    row = torch.empty(1, self.vocab_size, device=self.device).exponential_()
+                    row = torch.empty(1, self.vocab_size, dtype=torch.float32, device=self.device).exponential_()
                     self._rows.append((row, self.generator.get_state()))
             finally:
                 if self._rows and torch.equal(self.generator.get_state(), self._rows[-1][1]):
@@ -113,6 +113,15 @@ def _is_distribution(probabilities: torch.Tensor) -> torch.BoolTensor:
     return (torch.isfinite(probabilities) & (probabilities >= 0)).all()
 
 
+def settings_of(processors: LogitsProcessorList) -> tuple:
+    """The settings of processors, to see whether they have changed."""
+    plain = (bool, int, float, str, type(None))
+    return tuple(
+        (type(p).__name__, *((k, v if isinstance(v, plain) else id(v)) for k, v in sorted(vars(p).items())))
+        for p in processors
+    )
+
+
 class TokenEmitter:
     """
     Everything plain decoding does for one token, once per token and in its order: processors on the true prefix,
@@ -136,6 +145,7 @@ class TokenEmitter:
     ):
         self._ids, self.length = input_ids, input_ids.shape[1]
         self.emitted: list[int] = []
+        self.settings: tuple | None = None  # of the processors when tokens were drawn beforehand; `None` is unwatched
         self.logits_processor, self.stopping_criteria, self.streamer = logits_processor, stopping_criteria, streamer
         self.noise = noise
         self.plain_criteria = all(type(criterion) in PLAIN_CRITERIA for criterion in stopping_criteria)
@@ -175,16 +185,18 @@ class TokenEmitter:
 
     def can_take(self) -> bool:
         """Whether such a token is still the one that plain decoding would draw."""
+        if self.settings is not None and self.settings != settings_of(self.logits_processor):
+            return False
         return self.noise is None or self.noise.is_ahead()
 
     def _emitted(self, token: int) -> int:
         self.emitted.append(token)
         self.length += 1
         # Plain criteria look at the length and the last token alone: no need to wait for the device.
-        ids = torch.tensor([[token]]).expand(1, self.length) if self.plain_criteria else self.input_ids
+        ids = torch.tensor([[token]], device="cpu").expand(1, self.length) if self.plain_criteria else self.input_ids
         self.finished = bool(self.stopping_criteria(ids, self.scores).all())
         if self.streamer is not None:
-            self.streamer.put(torch.tensor([token]))
+            self.streamer.put(torch.tensor([token], device="cpu"))
         return token
 
 

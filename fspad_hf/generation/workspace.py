@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 
 from ..modeling_fspad import FSPADDraftModel
 from .cache import ArenaCache
-from .tree import TreeShape
+from .tree import CandidateTree
 
 IDLE_WORKSPACES = 2  # kept for the next call
-SHAPES = 12  # tree shapes of which a workspace keeps the graphs
+KINDS = 32  # of rounds of which a workspace keeps the graphs
 
 
 @dataclass
@@ -50,32 +50,45 @@ class Workspace:
         self.state = torch.zeros(4 + rows, dtype=torch.long, device=device)
         self.draft_length, self.length, self.position, self.count = (self.state[i : i + 1] for i in range(4))
         self.tokens = self.state[None, 4:]  # [1, rows]: what the draft has not read, the root last
-        self.host_state = torch.zeros_like(self.state, device="cpu", pin_memory=device.type == "cuda")
         self.features = torch.zeros(1, rows, width, dtype=dtype, device=device)  # those of `tokens`
         self.path = torch.zeros(rows, dtype=torch.long, device=device)
-        self.noise = torch.ones(rows, vocab_size, device=device)
+        self.noise = torch.ones(rows, vocab_size, dtype=torch.float32, device=device)
+        self.root = CandidateTree.root(self.tokens[:, :1])  # of a plain step
+        self.memory = torch.cuda.graph_pool_handle() if device.type == "cuda" else None  # of all the graphs
+        self._released: torch.cuda.Event | None = None
         self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._graphs: OrderedDict[TreeShape, dict] = OrderedDict()
+        self._graphs: OrderedDict[tuple, dict] = OrderedDict()
 
     def write_state(self, draft_length: int, length: int, position: int, tokens: Sequence[int]):
         """Tells the graphs where they are; `tokens` are those that the draft has not read, the root last."""
         told = [draft_length, length, position, len(tokens), *tokens]
-        self.host_state[: len(told)] = torch.tensor(told)
+        self.host_state[: len(told)] = torch.tensor(told, device="cpu")
         self.state.copy_(self.host_state, non_blocking=True)
 
-    def graphs(self, shape: TreeShape) -> dict:
-        """The graphs of one shape of tree; those of the shapes used longest ago are freed."""
-        found = self._graphs.setdefault(shape, {})
-        self._graphs.move_to_end(shape)
-        while len(self._graphs) > SHAPES:
+    def graphs(self, kind: tuple) -> dict:
+        """The graphs of one kind of round; those of the kinds used longest ago are freed."""
+        found = self._graphs.setdefault(kind, {})
+        self._graphs.move_to_end(kind)
+        while len(self._graphs) > KINDS:
             self._graphs.popitem(last=False)
         return found
 
     def start(self, prompt: torch.BoolTensor):
         """For a new text."""
+        # fresh, since a copy from the one before may still be under way
+        self.host_state = torch.zeros_like(self.state, device="cpu", pin_memory=self.state.device.type == "cuda")
         self.features.zero_()
         self.prefix.fill_(True)
         self.prefix[:, : prompt.shape[1]] = prompt
+
+    def release(self):
+        """Another stream may have it as soon as this one has done with it."""
+        if self.state.device.type == "cuda":
+            self._released = torch.cuda.current_stream(self.state.device).record_event()
+
+    def acquire(self):
+        if self._released is not None:
+            torch.cuda.current_stream(self.state.device).wait_event(self._released)
 
 
 class WorkspacePool:
@@ -86,7 +99,7 @@ class WorkspacePool:
 
     def __init__(self):
         self.idle: list[tuple[weakref.ref, Workspace]] = []  # the target, which may be gone; used last stands last
-        self.refused: dict[tuple, str] = {}  # key: why it cannot be captured
+        self.refused: dict[tuple, str] = {}  # (pair, kind of round): why it cannot be captured
         self.lock = threading.Lock()
 
     def __deepcopy__(self, memo) -> "WorkspacePool":
@@ -99,16 +112,19 @@ class WorkspacePool:
     def of(cls, draft: FSPADDraftModel) -> "WorkspacePool":
         return draft.__dict__.setdefault("_fspad_graphs", cls())
 
-    def take(self, key: tuple, capacity: int) -> Workspace | None:
+    def take(self, key: tuple, capacity: int, target: PreTrainedModel) -> Workspace | None:
         """Nobody else has it until it is [`~WorkspacePool.put`] back; `None` if there is none of that size."""
         with self.lock:
-            self.idle = [(target, one) for target, one in self.idle if target() is not None]
-            found = next((pair for pair in self.idle if pair[1].key == key and pair[1].capacity == capacity), None)
-            if found is None:
-                return None
-            self.idle.remove(found)
-            return found[1]
+            self.idle = [(owner, one) for owner, one in self.idle if owner() is not None]
+            for pair in self.idle:
+                owner, one = pair
+                if owner() is target and one.key == key and one.capacity == capacity:
+                    self.idle.remove(pair)
+                    one.acquire()
+                    return one
+        return None
 
     def put(self, workspace: Workspace, target: PreTrainedModel):
+        workspace.release()
         with self.lock:
             self.idle = [*self.idle, (weakref.ref(target), workspace)][-IDLE_WORKSPACES:]

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, StaticLayer
 
-from ..generation.graphs import capture
+from ..generation.capturing import capture
 from ..generation.probe import probe
 from ..generation.target import attention_windows, execution_device
 from ..host import CACHE

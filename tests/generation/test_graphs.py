@@ -16,9 +16,11 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from transformers.generation.streamers import BaseStreamer
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.generation import decoding, graphs, tuning
+from fspad_hf.generation import decoding, tuning, workspace
 from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
+from fspad_hf.generation.capturing import why_no_graphs
 from fspad_hf.generation.graphs import GraphRounds, Plan
+from fspad_hf.generation.probe import probe
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
 from fspad_hf.generation.workspace import IDLE_WORKSPACES, WorkspacePool
@@ -243,7 +245,7 @@ def test_what_cannot_be_captured_runs_eagerly(check, prompt):
     model.model.rotary_emb.rope_type = "dynamic"  # looks at the largest position
     draft, *_ = check(model, prompt, refused=True, draft=fresh_draft(model, cuda_graphs=True), accuracies=(0.9,))
     (reason,) = WorkspacePool.of(draft).refused.values()
-    assert "capturing" in reason
+    assert "waits for the device" in reason
 
 
 @pytest.mark.parametrize(
@@ -261,9 +263,168 @@ def test_a_target_that_is_not_captured(captured, prompt, change, reason):
     draft = fresh_draft(model, cuda_graphs=True)
     change(model)
     target = Target(model)
-    assert reason in graphs.why_no_graphs(target, draft, torch.zeros(1, dtype=model.dtype))
+    assert reason in why_no_graphs(target, draft, model.dtype)
     plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
     assert generate(model, draft, prompt).tolist() == plain.tolist() and not captured
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model, draft: [setattr(layer.self_attn, "scaling", 0.01) for layer in model.model.layers],
+        lambda model, draft: torch.set_float32_matmul_precision("high"),
+        lambda model, draft: setattr(draft.config, "coupling_kappa", 0.3),
+        lambda model, draft: setattr(model.config, "rms_norm_eps", 0.5),
+    ],
+    ids=["attribute", "precision", "draft", "config"],
+)
+def test_what_a_graph_has_frozen_is_not_replayed_when_it_has_changed(captured, prompt, change, monkeypatch):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    generate(model, draft, prompt)
+    before, precision = len(captured), torch.get_float32_matmul_precision()
+    change(model, draft)
+    try:
+        plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+        assert generate(model, draft, prompt).tolist() == plain.tolist() and len(captured) == before + 3
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def test_models_that_share_weights(captured, prompt):
+    model = tiny.build("gemma2", "eager")
+    other = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    other.config.final_logit_softcapping = 0.5
+    draft = fresh_draft(model, cuda_graphs=True)
+    for one in (model, other):
+        torch.manual_seed(0)
+        plain = one.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0, do_sample=True)
+        torch.manual_seed(0)
+        assert generate(one, draft, prompt, do_sample=True).tolist() == plain.tolist()
+
+
+def test_under_inference_mode_and_not(captured, prompt):
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    plain = model.generate(prompt, max_new_tokens=30, eos_token_id=None, pad_token_id=0)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            assert generate(model, draft, prompt).tolist() == plain.tolist()
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_default_dtype_of_half_precision(captured, prompt, cuda_graphs):
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # all tokens alike: many near ties of p / E
+    draft = fresh_draft(model, cuda_graphs=cuda_graphs)
+    probe(model)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for seed in range(10):
+            found = []
+            for assistant in (None, draft):
+                torch.manual_seed(seed)
+                found.append(generate(model, assistant, prompt, do_sample=True, top_k=0).tolist())
+            assert found[0] == found[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+class Annealing(BaseStreamer):
+    def __init__(self, warper):
+        self.warper, self.count = warper, 0
+
+    def put(self, value):
+        self.count += 1
+        self.warper.temperature = 0.3 if self.count % 2 else 3.0
+
+    def end(self):
+        pass
+
+
+def test_a_streamer_that_turns_the_temperature(check, prompt):
+    def each():
+        warper = TemperatureLogitsWarper(1.0)
+        return {"logits_processor": LogitsProcessorList([warper]), "streamer": Annealing(warper)}
+
+    check(tiny.build("llama"), prompt, each=each, do_sample=True, top_k=0)
+
+
+def test_a_streamer_that_swaps_a_weight(check, prompt):
+    model = tiny.build("llama")
+    weight = model.lm_head.weight.data
+
+    class Swapping(BaseStreamer):
+        def __init__(self):
+            self.count = 0
+            model.lm_head.weight.data = weight
+
+        def put(self, value):
+            self.count += 1
+            if self.count == 20:  # where a round happens to end with plain decoding too, at accuracy 0
+                model.lm_head.weight.data = weight.flip(0)
+
+        def end(self):
+            pass
+
+    check(model, prompt, each=lambda: {"streamer": Swapping()}, accuracies=(0.0,))
+    model.lm_head.weight.data = weight
+
+
+@pytest.mark.parametrize("settings", [{"eta_cutoff": 0.01}, {"guidance_scale": 1.5}], ids=str)
+def test_processors_that_are_not_captured(captured, prompt, settings):
+    """They run between the graphs, leave the pair as it is, and nothing holds on to them."""
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    for do_sample in (True, False):
+        found = []
+        for assistant in (None, draft):
+            torch.manual_seed(2)
+            found.append(generate(model, assistant, prompt, do_sample=do_sample, **settings).tolist())
+        assert found[0] == found[1]
+    assert not WorkspacePool.of(draft).refused
+    generate(model, draft, prompt)
+    assert captured
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_warper_with_a_name_of_its_own(captured, prompt):
+    model, warper = tiny.build("llama"), TopKLogitsWarper(5)
+    warper.name, warper.table = "mine", {"any": "thing"}
+    plain, fast = (
+        generate(model, assistant, prompt, logits_processor=LogitsProcessorList([warper])).tolist()
+        for assistant in (None, fresh_draft(model, cuda_graphs=True))
+    )
+    assert plain == fast
+
+
+def test_graphs_of_many_settings_are_bounded(captured, prompt, monkeypatch):
+    monkeypatch.setattr(workspace, "KINDS", 3)
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    for number in range(6):
+        generate(model, draft, prompt, do_sample=True, temperature=0.5 + number / 10)
+    ((_, found),) = WorkspacePool.of(draft).idle
+    assert len(captured) == 18 and [len(kept) for kept in found._graphs.values()] == [3, 3, 3]
+
+
+def test_an_earlier_text_with_nan_does_no_harm(captured, prompt):
+    model = tiny.build("llama")
+    settings = {"max_new_tokens": 90, "eos_token_id": None, "pad_token_id": 0}
+    ids = prompt.clamp(max=59)
+    plain = model.generate(ids, **settings)
+    never = min({60, 61, 62, 63} - set(plain[0].tolist()))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[never] = float("nan")
+    draft = fresh_draft(model, cuda_graphs=True, draft_vocab_size=60)
+    poisoned = torch.full((1, 100), 5)
+    poisoned[0, 90] = never
+    generate(model, draft, poisoned)  # leaves a large workspace full of NaN
+    assert model.generate(ids, assistant_model=draft, **settings).tolist() == plain.tolist()
 
 
 class Stranger(torch.nn.Module):
@@ -379,7 +540,8 @@ def test_a_step_copies_nothing_between_host_and_device(name):
             model(ids, use_cache=True, **explicit, **{CACHE: cache})
             features = target._features(None, caught)
     emitter = SimpleNamespace(input_ids=torch.zeros(1, 8, dtype=torch.long), emitted=[1], noise=True)
-    emitter.scores = emitter.raw_logits = None
+    emitter.scores = emitter.raw_logits = emitter.streamer = None
+    emitter.plain_criteria = True
     emitter.logits_processor = warpers
     prompt = torch.ones(1, 7, dtype=torch.bool)
     rounds = GraphRounds(target, generator, emitter, cache, features, prompt, 0, pool=WorkspacePool(), key=())
@@ -399,7 +561,8 @@ def test_costs_are_those_of_replays(captured, prompt, monkeypatch, tmp_path):
     """And what was captured to measure them does not come between: tokens as plain, with the shapes measured."""
     monkeypatch.setenv("FSPAD_HF_CACHE", str(tmp_path))
     model = tiny.build("llama")
-    draft = fresh_draft(model, cuda_graphs=True, tree="auto", tree_depth=3, tree_top_k=3, tree_total_nodes=8)
+    shape = {"tree_depth": 3, "tree_top_k": 3, "tree_total_nodes": 8, "draft_vocab_size": 40}
+    draft = fresh_draft(model, cuda_graphs=True, tree="auto", **shape)
     plain = model.generate(prompt, max_new_tokens=60, eos_token_id=None, pad_token_id=0)
     for _ in range(2):
         fast = model.generate(prompt, assistant_model=draft, max_new_tokens=60, eos_token_id=None, pad_token_id=0)

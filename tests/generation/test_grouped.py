@@ -108,3 +108,28 @@ def test_a_forward_of_a_modules_own_has_no_twin(prompt, monkeypatch):
     model.lm_head.forward = model.lm_head.forward  # as accelerate's hooks leave one, bound to this very module
     monkeypatch.setattr(probe_module, "twin", None, raising=False)
     assert probe(model).reason is None and not probe(model).use_twin
+
+
+def test_a_hook_sees_the_modules_that_it_knows(prompt):
+    model = tiny.build("llama")
+    layer, vector = model.model.layers[1].mlp, torch.randn(32, generator=torch.Generator().manual_seed(0)) / 4
+    for one in model.model.layers:
+        one.mlp.register_forward_hook(lambda module, args, output: output + vector if module is layer else None)
+    draft = fresh_draft(model)
+    for seed in range(4):
+        found = []
+        for assistant in (None, draft):
+            torch.manual_seed(seed)
+            found.append(model.generate(prompt, assistant_model=assistant, max_new_tokens=40, do_sample=True).tolist())
+        assert found[0] == found[1]
+    assert not probe(model).use_twin
+
+
+def test_what_this_attention_does_not_know_is_left_to_transformers(monkeypatch):
+    seen = []
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", lambda *args, **kwargs: seen.append(kwargs))
+    query, key = torch.randn(1, 4, 3, 8), torch.randn(1, 2, 5, 8)
+    folded_attention(
+        torch.nn.Module(), query, key, key, torch.zeros(1, 1, 3, 5), position_bias=torch.zeros(1, 4, 3, 5)
+    )
+    assert seen[0]["position_bias"].shape == (1, 4, 3, 5)
