@@ -2,7 +2,9 @@
 
 What a tree costs is measured once, see [`RoundCosts`]; what it yields is learned from the accepted paths of the call,
 and from nothing else, so that a run repeats. A round that accepted a path through a large tree tells what every
-smaller one would have accepted: the same path, as far as its nodes are among that tree's.
+smaller one would have accepted: the same path, as far as its nodes are among that tree's. Trees are tried from the
+shallowest on, and a level more only once a path has reached the end of a tree, so that a draft that guesses badly is
+found out by cheap ones.
 """
 
 import math
@@ -46,12 +48,14 @@ class TunedTrees:
         self._rounds = dict.fromkeys(self.shapes, 1.0)
         self._tokens = {s: sum(PRIOR**level for level in range(s.depth + 1)) for s in self.shapes}
         self._shape, self._plain, self._small, self._pause = PLAIN, 0, 0, FIRST_PAUSE
+        self._depth = 1  # of the deepest trees that are tried
 
     def choose(self) -> TreeShape:
         """The next round's shape; a `depth` of 0 is a plain step."""
-        best, largest = max(self.shapes, key=self._speed), self.shapes[-1]
+        tried = [shape for shape in self.shapes if shape.depth <= self._depth]
+        best, largest = max(tried, key=self._speed), tried[-1]
         if best == PLAIN and self._plain >= self._pause:
-            best, self._pause = max(self.shapes[1:], key=self._speed), 2 * self._pause
+            best, self._pause = max(tried[1:], key=self._speed), 2 * self._pause
         elif best != PLAIN and self._small >= LOOK_UP:
             best = largest
         self._plain = self._plain + 1 if best == PLAIN else 0
@@ -79,6 +83,16 @@ class TunedTrees:
                     accepted += 1
                 self._rounds[shape] = MEMORY * self._rounds[shape] + 1
                 self._tokens[shape] = MEMORY * self._tokens[shape] + accepted
+        if len(path) > grown.depth:
+            self._climb(grown)
+
+    def _climb(self, reached: TreeShape):
+        """A path has reached a tree's end: trees one level deeper may be tried, and promise more than this one."""
+        self._depth = max(self._depth, reached.depth + 1)
+        promise = self._tokens[reached] / self._rounds[reached] + PRIOR
+        for shape in self.shapes:
+            if shape.depth == reached.depth + 1 and self._rounds[shape] == 1.0:  # not tried yet
+                self._tokens[shape] = max(self._tokens[shape], promise)
 
     def _speed(self, shape: TreeShape) -> float:
         return self._tokens[shape] / self._rounds[shape] / self.seconds[shape]

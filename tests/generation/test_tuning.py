@@ -97,6 +97,25 @@ def test_costs_decide():
     assert dear == PLAIN
 
 
+def test_a_bad_draft_is_found_out_by_cheap_trees_and_a_good_one_climbs():
+    config = tiny_config(depth=6, top_k=10, nodes=59)
+    costs = RoundCosts(((1, 38.0), (60, 56.0)), ((2, 3.0), (10, 3.0)), ((2, 4.0), (10, 5.0)))
+    chosen, shapes = TunedTrees(config, costs), []
+    for _ in range(256):
+        shapes.append(chosen.choose())
+        if shapes[-1] != PLAIN:
+            chosen.observe(chain(shapes[-1].total_nodes, 1), [0])
+    assert {shape.depth for shape in shapes} == {0, 1}
+    assert 256 * 38 / sum(costs.round(shape) for shape in shapes) > 0.98
+    chosen, depths = TunedTrees(config, costs), []
+    for _ in range(30):
+        shape = chosen.choose()
+        depths.append(shape.depth)
+        accepted = 1 + min(shape.depth, shape.total_nodes)
+        chosen.observe(chain(shape.total_nodes, accepted), list(range(accepted)))
+    assert depths[0] == 1 and max(depths[:10]) == 6 and depths[-1] == 6
+
+
 def test_a_path_tells_what_smaller_trees_would_have_accepted(llama, prompt):
     """Against the smaller trees themselves, grown from the same state: whatever is promised, they have."""
     config = {"tree_depth": 4, "tree_top_k": 4, "tree_total_nodes": 24}
