@@ -5,7 +5,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from .candidate_generator import STATIC_WARPERS
 from .probe import foreign_hooks
 from .target import Target
 from .tree import TreeShape
+from .verification import is_plain
 
 CAPTURABLE_WARPERS = tuple(
     warper for warper in STATIC_WARPERS if warper is not EtaLogitsWarper
@@ -113,7 +113,7 @@ def pair_key(model: PreTrainedModel, draft: FSPADDraftModel) -> tuple:
     """What a graph freezes of a pair: where its weights lie, and whatever Python decides a forward by."""
     modules = [*model.modules(), *draft.modules()]
     plain = tuple(
-        (type(module), id(type(module).forward), *((k, v) for k, v in vars(module).items() if _is_plain(v)))
+        (type(module), id(type(module).forward), *((k, v) for k, v in vars(module).items() if is_plain(v)))
         for module in modules
     )
     configs = repr((model.config.to_dict(), draft.config.to_dict()))
@@ -124,7 +124,6 @@ def pair_key(model: PreTrainedModel, draft: FSPADDraftModel) -> tuple:
         torch.backends.cuda.mem_efficient_sdp_enabled(), torch.backends.cuda.math_sdp_enabled(),
         torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-        len(torch_module._global_forward_hooks), len(torch_module._global_forward_pre_hooks),
     )  # fmt: skip
     return addresses(model, draft), plain, configs, attention, switches, TreeShape.of(draft.config)
 
@@ -132,7 +131,3 @@ def pair_key(model: PreTrainedModel, draft: FSPADDraftModel) -> tuple:
 def addresses(*models: torch.nn.Module) -> tuple[int, ...]:
     """Where the weights lie."""
     return tuple(tensor.data_ptr() for model in models for tensor in (*model.parameters(), *model.buffers()))
-
-
-def _is_plain(value) -> bool:
-    return value is None or isinstance(value, (bool, int, float, str))

@@ -96,7 +96,6 @@ class GraphRounds(Rounds):
         if found is None:
             found = self._workspace(ArenaCache.from_dynamic(self.cache, capacity))
         else:
-            found.arena.clear(), found.draft_cache.clear()
             found.arena.load(self.cache)
         self._use(found)
         return found.arena
@@ -137,9 +136,7 @@ class GraphRounds(Rounds):
         if self.plan is None:
             return super().accept()
         workspace, most = self.workspace, self.workspace.depth + 1
-        features, tokens = self.unread[0] if len(self.unread) == 1 else (
-            torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True)
-        )  # fmt: skip
+        features, tokens = self.all_unread()
         early = max(tokens.shape[1] - most, 0)
         if early:
             self.generator.accept(features[:, :early], tokens[:, :early])
@@ -281,8 +278,6 @@ class GraphRounds(Rounds):
         found = self.pool.take(self.key, capacity, self.target.model)
         if found is None:
             found = self._workspace(self.arena.resized(capacity))
-        else:
-            found.arena.clear(), found.draft_cache.clear()
         found.arena.copy_from(small.arena)
         found.draft_cache.copy_from(small.draft_cache)
         self.unread = [(self._own(features), tokens) for features, tokens in self.unread]

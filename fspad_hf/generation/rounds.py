@@ -87,9 +87,16 @@ class Rounds:
 
     def accept(self):
         """The draft reads what it has not read yet."""
-        features, tokens = (torch.cat(parts, dim=1) for parts in zip(*self.unread, strict=True))
+        features, tokens = self.all_unread()
         self.unread = []
         self.generator.accept(features, tokens)
+
+    def all_unread(self) -> tuple[torch.Tensor, torch.LongTensor]:
+        """Features (`[1, unread, hidden]`) and tokens (`[1, unread]`, on the host)."""
+        if len(self.unread) == 1:
+            return self.unread[0]
+        features, tokens = zip(*self.unread, strict=True)
+        return torch.cat(features, dim=1), torch.cat(tokens, dim=1)
 
     def grow(self, shape: TreeShape) -> CandidateTree:
         return self.generator.grow(self.root(), shape)

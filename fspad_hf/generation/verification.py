@@ -115,11 +115,14 @@ def _is_distribution(probabilities: torch.Tensor) -> torch.BoolTensor:
 
 def settings_of(processors: LogitsProcessorList) -> tuple:
     """The settings of processors, to see whether they have changed."""
-    plain = (bool, int, float, str, type(None))
     return tuple(
-        (type(p).__name__, *((k, v if isinstance(v, plain) else id(v)) for k, v in sorted(vars(p).items())))
-        for p in processors
+        (type(p).__name__, *((k, v if is_plain(v) else id(v)) for k, v in sorted(vars(p).items()))) for p in processors
     )
+
+
+def is_plain(value) -> bool:
+    """Whether it can be told from another by comparing."""
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 class TokenEmitter:

@@ -87,8 +87,11 @@ class Workspace:
             self._released = torch.cuda.current_stream(self.state.device).record_event()
 
     def acquire(self):
+        """Empties it for a new text."""
         if self._released is not None:
             torch.cuda.current_stream(self.state.device).wait_event(self._released)
+        self.arena.clear()
+        self.draft_cache.clear()
 
 
 class WorkspacePool:
