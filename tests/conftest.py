@@ -126,6 +126,15 @@ def rng_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
+def plain_run(model, ids, seed, make, kwargs):
+    """Plain generate: its arguments but for those that `make` makes for each call, its output, the state after it."""
+    kwargs = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0, **kwargs}
+    kwargs["return_dict_in_generate"] = True
+    torch.manual_seed(seed)
+    plain = model.generate(ids, **kwargs, **make())
+    return kwargs, plain, rng_state(ids.device)
+
+
 class Oracle:
     """
     Grows trees around a known continuation: the true next token with probability `accuracy`, plus distractors.
@@ -184,12 +193,8 @@ def same(oracle):
 
     def check(model, ids, *, draft=None, accuracies=(0.0, 0.5, 0.95), seed=3, min_tau=2.0, each=None, **kwargs):
         draft = draft if draft is not None else fresh_draft(model)
-        kwargs = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0, **kwargs}
-        kwargs["return_dict_in_generate"] = True
         make = each or (lambda: {})
-        torch.manual_seed(seed)
-        plain = model.generate(ids, **kwargs, **make())
-        state = rng_state(ids.device)
+        kwargs, plain, state = plain_run(model, ids, seed, make, kwargs)
         reference = plain.sequences[0].tolist()
         if "attention_mask" in kwargs:  # the oracle counts tokens, not padding
             mask = kwargs["attention_mask"][0].tolist()
