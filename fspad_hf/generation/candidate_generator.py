@@ -115,7 +115,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         Args:
             rows (`[depth, V]`): the noise of the coming draws; `None` drafts uncoupled.
         """
-        depth, k, total = shape
+        depth, k, total, _ = shape
         device, start = self.draft.device, self.cache.length
         confidences, tokens = self._children(self._logit_feature, k, rows, 0)  # [1, 1, k]
         frontier_scores, frontier_tokens = confidences[0, 0], tokens[0, 0]

@@ -43,11 +43,11 @@ class RoundCosts:
     first: tuple[tuple[int, float], ...]
 
     def round(self, shape: TreeShape) -> float:
-        """Of a round with such a tree; with a `depth` of 0, of a plain step."""
+        """Of a round with such a tree; with a `depth` of 0, of a forward."""
+        verified = _between(self.verify, shape.rows)
         if not shape.depth:
-            return _between(self.verify, 1)
-        drafted = _between(self.first, shape.top_k) + (shape.depth - 1) * _between(self.level, shape.top_k)
-        return drafted + _between(self.verify, shape.total_nodes + 1)
+            return verified
+        return verified + _between(self.first, shape.top_k) + (shape.depth - 1) * _between(self.level, shape.top_k)
 
 
 def round_costs(target: Target, draft: FSPADDraftModel) -> RoundCosts:
@@ -119,7 +119,7 @@ def measure(target: Target, draft: FSPADDraftModel) -> RoundCosts:
 
         return run
 
-    rows = sorted({1, 2, *_halvings(largest.total_nodes + 1)})
+    rows = sorted({1, 2, *_halvings(largest.rows)})
     widths = sorted({*_halvings(largest.top_k)})
     forwards = _quickest(device, {n: verify(n) for n in rows})
     short, long = (_quickest(device, {k: draw(depth, k) for k in widths}) for depth in (1, 3))

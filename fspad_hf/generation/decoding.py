@@ -90,8 +90,8 @@ def tree_decoding(
 
         while not emitter.finished:
             shape = rounds.limit(trees.choose(), generation_config.max_length)
-            tree, path = rounds.run(shape)
-            trees.observe(tree, path)
+            tree, path, chain = rounds.run(shape)
+            trees.observe(tree, path, chain)
             record.accepted_lengths.append(len(path))
 
     if streamer is not None:

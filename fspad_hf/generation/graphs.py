@@ -11,7 +11,7 @@ shapes, addresses and whatever Python decides; so lengths come as tensors, atten
 and a replay is compared with the eager forward before it is trusted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,7 +65,7 @@ class Plan:
     @property
     def rows(self) -> int:
         """The most tokens that the round can draw, and rows that it can keep."""
-        return 1 + min(self.shape.depth, self.shape.total_nodes)
+        return 1 + self.shape.levels
 
 
 class GraphRounds(Rounds):
@@ -122,7 +122,7 @@ class GraphRounds(Rounds):
         if self.is_watched and addresses(self.target.model, self.generator.draft) != self.addresses:
             return None
         noise, config = self.emitter.noise, self.generator.config
-        rows = noise.peek(shape.depth + 1) if noise is not None else None
+        rows = noise.peek(1 + max(shape.depth, shape.lookup)) if noise is not None else None
         if rows is not None:
             self.workspace.noise[: len(rows)] = rows
         ahead = self.can_walk and (noise is None or rows is not None)
@@ -135,7 +135,7 @@ class GraphRounds(Rounds):
     def accept(self):
         if self.plan is None:
             return super().accept()
-        workspace, most = self.workspace, self.workspace.depth + 1
+        workspace, most = self.workspace, self.workspace.rows
         features, tokens = self.all_unread()
         early = max(tokens.shape[1] - most, 0)
         if early:
@@ -145,21 +145,23 @@ class GraphRounds(Rounds):
             workspace.features[:, : features.shape[1]] = features
         self.unread = [(features, tokens)]  # until the graph has read it
 
-    def grow(self, shape: TreeShape) -> CandidateTree:
+    def grow(self, shape: TreeShape, chain: Sequence[int] = ()) -> CandidateTree:
         plan, workspace = self.plan, self.workspace
         if plan is None:
-            return super().grow(shape)
+            return super().grow(shape, chain)
         start = self.generator.cache.length
         tokens = self.unread[0][1][0].tolist() if shape.depth else self.emitter.emitted[-1:]
-        workspace.write_state(start, self.arena.length, self.position(), tokens)
-        if not shape.depth:
+        workspace.write_state(start, self.arena.length, self.position(), tokens, chain)
+        if not shape.depth and not shape.lookup:
             return workspace.root
         drafted = self._replayed("draft", self._draft, self.generator.warpers, workspace.head_rows)
         if drafted is None:  # it could not be captured
-            super().accept()
-            return super().grow(shape)
-        self.unread = []
-        self.generator.cache.length = start + len(tokens)
+            if shape.depth:
+                super().accept()
+            return super().grow(shape, chain)
+        if shape.depth:
+            self.unread = []
+            self.generator.cache.length = start + len(tokens)
         return drafted.outputs
 
     def verify(self, tree: CandidateTree):
@@ -204,10 +206,13 @@ class GraphRounds(Rounds):
         return features.clone() if features.data_ptr() == self.workspace.features.data_ptr() else features
 
     def _draft(self) -> CandidateTree:
-        workspace, plan = self.workspace, self.plan
-        self.generator.accept(workspace.features, workspace.tokens, workspace.count)
-        root = workspace.tokens[:, workspace.count - 1]
-        return self.generator.grow_padded(root, plan.shape, workspace.noise if plan.noise else None)
+        workspace, plan, tree = self.workspace, self.plan, self.workspace.root
+        if plan.shape.depth:
+            self.generator.accept(workspace.features, workspace.tokens, workspace.count)
+            root = workspace.tokens[:, workspace.count - 1]
+            tree = self.generator.grow_padded(root, plan.shape, workspace.noise if plan.noise else None)
+        lookup = plan.shape.lookup
+        return tree.grafted(workspace.chain[:lookup], workspace.chain_count) if lookup else tree
 
     def _verify(self, tree: CandidateTree):
         workspace, plan, drawn = self.workspace, self.plan, None
@@ -268,9 +273,8 @@ class GraphRounds(Rounds):
 
     def _bucket(self, length: int, shape: TreeShape) -> int:
         """The capacity for a round behind `length` tokens: no more than twice of what it needs."""
-        depth = self.generator.config.tree_depth
-        drafted = depth + 1 + max(shape.depth - 1, 0) * shape.top_k
-        needed = length + max(drafted, shape.total_nodes + 1, depth + 1) + 1
+        read = 1 + _longest(self.generator.config)
+        needed = length + max(read + max(shape.depth - 1, 0) * shape.top_k, shape.rows) + 1
         return max(SMALLEST_BUCKET, 1 << (needed - 1).bit_length())
 
     def _enlarge(self, shape: TreeShape):
@@ -292,8 +296,9 @@ class GraphRounds(Rounds):
         cache.layers[0].lazy_initialization(nothing, nothing)
         vocab_size = self.target.text_config.vocab_size
         return Workspace(
-            self.key, arena, cache, config.tree_depth, config.hidden_size, vocab_size, draft.dtype, device
-        )
+            self.key, arena, cache, _longest(config), config.tree_lookup_tokens, config.hidden_size, vocab_size,
+            draft.dtype, device,
+        )  # fmt: skip
 
     def _use(self, workspace: Workspace):
         self.workspace, self.generator.cache = workspace, workspace.draft_cache
@@ -327,6 +332,11 @@ def make_rounds(
         return Rounds(target, generator, emitter, cache, features, *args)
     pool, key = WorkspacePool.of(draft), pair_key(target.model, draft)
     return GraphRounds(target, generator, emitter, cache, features, *args, pool=pool, key=key)
+
+
+def _longest(config) -> int:
+    """The most nodes below the root that a path can have, and rows of noise beside the first that a round reads."""
+    return max(config.tree_depth, config.tree_lookup_tokens)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:

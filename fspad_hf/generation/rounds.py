@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import ArenaCache
 from .candidate_generator import FSPADCandidateGenerator
+from .lookup import PromptLookup
 from .target import Target
 from .tree import CandidateTree, TreeShape
 from .verification import TokenEmitter, walk
@@ -45,7 +46,9 @@ class Rounds:
         self.arena = self.make_arena()
         shown = prompt[0].cpu().nonzero()[:, 0]
         # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
-        self.unread = [(features[:, shown.to(features.device)], emitter.input_ids.cpu()[:, shown + 1])]
+        text = emitter.input_ids.cpu()
+        self.unread = [(features[:, shown.to(features.device)], text[:, shown + 1])]
+        self.lookup = PromptLookup(text[0, shown].tolist() + emitter.emitted)
 
     def make_arena(self) -> ArenaCache:
         return ArenaCache.from_dynamic(self.cache)
@@ -56,22 +59,21 @@ class Rounds:
 
     def limit(self, shape: TreeShape, max_length: int) -> TreeShape:
         """`shape`, no deeper than may be here."""
-        text_config = self.target.text_config
-        return shape._replace(
-            depth=depth_limit(shape.depth, self.emitter.length, self.offset, max_length, text_config)
-        )
+        here = self.emitter.length, self.offset, max_length, self.target.text_config
+        return shape._replace(depth=depth_limit(shape.depth, *here), lookup=depth_limit(shape.lookup, *here))
 
-    def run(self, shape: TreeShape) -> tuple[CandidateTree, list[int]]:
+    def run(self, shape: TreeShape) -> tuple[CandidateTree, list[int], list[int]]:
         """
         Emits a round's tokens.
 
         Returns:
-            The tree and the path walked: the nodes at which a token was drawn, the root first.
+            The tree, the path walked (the nodes at which a token was drawn, the root first) and the tokens looked up.
         """
         self.begin(shape)
         if shape.depth:
             self.accept()
-        tree = self.grow(shape)
+        chain = self.lookup.continuation(shape.lookup)
+        tree = self.grow(shape, chain)
         logits, features, ahead = self.verify(tree)
         if self.on_round is not None:
             self.on_round(tree.clone().trimmed())
@@ -80,7 +82,8 @@ class Rounds:
             walk(tree, logits, self.emitter, path, ahead)
         finally:
             self.keep(path, features)
-        return tree, path
+        self.lookup.extend(self.emitter.emitted[-len(path) :])
+        return tree, path, chain
 
     def begin(self, shape: TreeShape):
         """Makes ready for a round with such a tree."""
@@ -98,8 +101,10 @@ class Rounds:
         features, tokens = zip(*self.unread, strict=True)
         return torch.cat(features, dim=1), torch.cat(tokens, dim=1)
 
-    def grow(self, shape: TreeShape) -> CandidateTree:
-        return self.generator.grow(self.root(), shape)
+    def grow(self, shape: TreeShape, chain: Sequence[int] = ()) -> CandidateTree:
+        """The draft's tree, with the tokens looked up grafted on."""
+        tree = self.generator.grow(self.root(), shape)
+        return tree.grafted(torch.tensor(chain, device=tree.tokens.device)).trimmed() if chain else tree
 
     def root(self) -> torch.LongTensor:
         """The last token emitted, `[1, 1]`."""

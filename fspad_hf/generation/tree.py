@@ -1,7 +1,7 @@
 """A draft tree as plain tensors; knows no model.
 
-Shapes carry a batch dimension throughout. Node 0 is the root, the last token emitted; nodes stand in level order, so a
-parent always comes before its children.
+Shapes carry a batch dimension throughout. Node 0 is the root, the last token emitted; a parent always comes before its
+children.
 """
 
 from dataclasses import dataclass
@@ -19,16 +19,28 @@ class TreeShape(NamedTuple):
         depth: levels below the root; with 0 there is nothing but the root, which is plain decoding.
         top_k: children of a node, and nodes expanded at each level.
         total_nodes: nodes kept, the root not counted.
+        lookup: the most tokens that are grafted on from the text, beside the nodes kept.
     """
 
     depth: int
     top_k: int
     total_nodes: int
+    lookup: int = 0
 
     @classmethod
     def of(cls, config) -> "TreeShape":
         """The shape that an [`FSPADConfig`] names."""
-        return cls(config.tree_depth, config.tree_top_k, config.tree_total_nodes)
+        return cls(config.tree_depth, config.tree_top_k, config.tree_total_nodes, config.tree_lookup_tokens)
+
+    @property
+    def rows(self) -> int:
+        """The most nodes there can be, the root counted."""
+        return 1 + (self.total_nodes if self.depth else 0) + self.lookup
+
+    @property
+    def levels(self) -> int:
+        """The most nodes below the root that a path can have."""
+        return max(min(self.depth, self.total_nodes), self.lookup)
 
 
 PLAIN = TreeShape(0, 0, 0)  # a plain step
@@ -43,7 +55,8 @@ class CandidateTree:
         tokens (`[batch, nodes]`): token ids.
         parents (`[batch, nodes]`): index of each node's parent; the root's is 0.
         depths (`[batch, nodes]`): distance from the root.
-        scores (`[batch, nodes]`): cumulative log-confidences, the root's 0; `None` for trees that no draft grew.
+        scores (`[batch, nodes]`): cumulative log-confidences, the root's 0, -inf of what no draft grew; `None` of a
+            tree in which no draft grew anything.
     """
 
     tokens: torch.LongTensor
@@ -68,11 +81,45 @@ class CandidateTree:
         return CandidateTree(self.tokens.clone(), self.parents.clone(), self.depths.clone(), scores)
 
     def trimmed(self) -> "CandidateTree":
-        """Without the padding at the end; of one sequence."""
+        """Without the padding; of one sequence."""
+        kept = ~self.is_padding()[0]
+        if kept.all():
+            return self
+        renumbered = kept.cumsum(0) - 1
+        scores = None if self.scores is None else self.scores[:, kept]
+        return CandidateTree(self.tokens[:, kept], renumbered[self.parents[:, kept]], self.depths[:, kept], scores)
+
+    def is_padding(self) -> torch.BoolTensor:
+        """`[batch, nodes]`."""
         numbers = torch.arange(len(self), device=self.parents.device)
-        count = len(self) - int((self.parents[0, 1:] == numbers[1:]).sum())
-        scores = None if self.scores is None else self.scores[:, :count]
-        return CandidateTree(self.tokens[:, :count], self.parents[:, :count], self.depths[:, :count], scores)
+        return (self.parents == numbers) & (numbers > 0)
+
+    def grafted(self, chain: torch.LongTensor, count: torch.LongTensor | None = None) -> "CandidateTree":
+        """
+        With a path for `chain` below the root: the nodes that the tree has of it, and new ones behind them, padding
+        where fewer are needed; of one sequence. Waits for no value, so that a graph can hold it.
+
+        Args:
+            chain (`[tokens]`): token ids.
+            count (`[1]`): how many of them there are, the rest being padding; `None` is all.
+        """
+        device, nodes = self.tokens.device, len(self)
+        steps = torch.arange(len(chain), device=device)
+        count = torch.full_like(steps[:1], len(chain)) if count is None else count
+        tokens, depths = self.tokens[0], self.depths[0]
+        fits = (tokens == torch.cat((tokens[:1], chain))[depths.clamp(max=len(chain))]) & (depths <= count)
+        shared = (fits | ~self.ancestors()[0]).all(-1) & ~self.is_padding()[0]
+        matched, last = torch.where(shared, depths, -1).max(-1, keepdim=True)  # siblings differ, so it is a path
+        new = matched + steps < count
+        numbers = nodes + steps
+        parents = torch.where(new, torch.cat((last, numbers[:-1])), numbers)
+        scores = None if self.scores is None else functional.pad(self.scores, (0, len(chain)), value=float("-inf"))
+        return CandidateTree(
+            torch.cat((tokens, chain[(matched + steps).clamp(max=len(chain) - 1)]))[None],
+            torch.cat((self.parents[0], parents))[None],
+            torch.cat((depths, torch.where(new, matched + 1 + steps, 0)))[None],
+            scores,
+        )
 
     def ancestors(self) -> torch.BoolTensor:
         """`[batch, nodes, nodes]`: True where the column is the row's node itself or one of its ancestors."""

@@ -4,10 +4,12 @@ What a tree costs is measured once, see [`RoundCosts`]; what it yields is learne
 and from nothing else, so that a run repeats. A round that accepted a path through a large tree tells what every
 smaller one would have accepted: the same path, as far as its nodes are among that tree's. Trees are tried from the
 shallowest on, and a level more only once a path has reached the end of a tree, so that a draft that guesses badly is
-found out by cheap ones.
+found out by cheap ones. What is looked up in the text is part of every tree but a plain step's, and may be all of it.
 """
 
 import math
+from collections.abc import Sequence
+from itertools import takewhile
 
 from ..modeling_fspad import FSPADDraftModel
 from .costs import RoundCosts, round_costs
@@ -29,7 +31,7 @@ class FixedTrees:
     def choose(self) -> TreeShape:
         return self.shape
 
-    def observe(self, tree: CandidateTree, path: list[int]):
+    def observe(self, tree: CandidateTree, path: list[int], chain: Sequence[int] = ()):
         """Nothing to learn."""
 
 
@@ -63,27 +65,23 @@ class TunedTrees:
         self._shape = best
         return best
 
-    def observe(self, tree: CandidateTree, path: list[int]):
+    def observe(self, tree: CandidateTree, path: list[int], chain: Sequence[int] = ()):
         """
         Learns from a round.
 
         Args:
             path: the nodes of `tree` at which tokens were drawn, the root first.
+            chain: the tokens looked up.
         """
-        if len(tree) == 1:
-            return
         grown = self._shape
         needed = _needed(tree, path)
+        looked_up = _common(tree.tokens[0, path[1:]].tolist(), chain)
         for shape in self.shapes[1:]:
             if all(ours <= theirs for ours, theirs in zip(shape, grown, strict=True)):
-                accepted = 1
-                for depth, top_k, total_nodes in needed:
-                    if depth > shape.depth or top_k > shape.top_k or total_nodes > shape.total_nodes:
-                        break
-                    accepted += 1
+                accepted = 1 + max(_within(shape, needed), looked_up)
                 self._rounds[shape] = MEMORY * self._rounds[shape] + 1
                 self._tokens[shape] = MEMORY * self._tokens[shape] + accepted
-        if len(path) > grown.depth:
+        if grown.depth and _within(grown, needed) >= grown.depth:
             self._climb(grown)
 
     def _climb(self, reached: TreeShape):
@@ -99,27 +97,33 @@ class TunedTrees:
 
 
 def ladder(config) -> list[TreeShape]:
-    """Plain decoding first, then every depth with about every halving of the configuration's nodes; itself last."""
-    depth, top_k, total_nodes = TreeShape.of(config)
-    shapes = {TreeShape(depth, top_k, total_nodes)}
+    """
+    Plain decoding first, then what is looked up alone, then every depth with about every halving of the
+    configuration's nodes; itself last.
+    """
+    largest = depth, top_k, total_nodes, lookup = TreeShape.of(config)
+    shapes = {largest, TreeShape(0, 0, 0, lookup)}
     nodes = total_nodes
     while nodes >= 2:
         width = max(math.ceil(top_k * math.sqrt(nodes / total_nodes)), 1)
         for levels in range(1, min(depth, nodes) + 1):
             reach = width + (levels - 1) * width**2
-            shapes.add(TreeShape(levels, width, min(nodes, reach)))
+            shapes.add(TreeShape(levels, width, min(nodes, reach), lookup))
         nodes //= 2
-    return [PLAIN, *sorted(shapes, key=lambda shape: (shape.total_nodes, shape))]
+    return [PLAIN, *sorted(shapes - {PLAIN}, key=lambda shape: (shape.total_nodes, shape))]
 
 
 def _needed(tree: CandidateTree, path: list[int]) -> list[TreeShape]:
     """
-    For each accepted node of a path the smallest shape that surely has it: its depth, its place among its siblings or
-    its parent's among the nodes of its level, and its place among all nodes, by score.
+    For each accepted node of a path that the draft grew the smallest shape that surely has it: its depth, its place
+    among its siblings or its parent's among the nodes of its level, and its place among all nodes, by score.
 
     A narrower tree grows less, so places in it are the same or better.
     """
+    if tree.scores is None:
+        return []
     scores, parents, depths = (part[0].tolist() for part in (tree.scores, tree.parents, tree.depths))
+    path = [node for node in path if scores[node] > float("-inf")]
 
     def place(node: int, among) -> int:
         return 1 + sum((-scores[other], other) < (-scores[node], node) for other in among if other != node)
@@ -130,6 +134,16 @@ def _needed(tree: CandidateTree, path: list[int]) -> list[TreeShape]:
         needed.append(TreeShape(depths[node], max(place(node, siblings), expanded), place(node, nodes)))
         expanded = place(node, [other for other in nodes if depths[other] == depths[node]])
     return needed
+
+
+def _within(shape: TreeShape, needed: list[TreeShape]) -> int:
+    """How many of a path's nodes the draft would have grown in a tree of such a shape."""
+    return len(list(takewhile(lambda one: all(a <= b for a, b in zip(one[:3], shape[:3], strict=True)), needed)))
+
+
+def _common(these: Sequence[int], those: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(these, those, strict=False))))
 
 
 def trees_of(target: Target, draft: FSPADDraftModel) -> FixedTrees | TunedTrees:

@@ -35,21 +35,24 @@ class Workspace:
         key: says for which pair it is good.
         arena, draft_cache: of the target and of the draft.
         depth: of the deepest tree.
+        lookup: the most tokens that are looked up.
         width: h, of the features.
         vocab_size: V.
     """
 
     def __init__(
-        self, key: tuple, arena: ArenaCache, draft_cache: ArenaCache, depth: int, width: int, vocab_size: int,
-        dtype: torch.dtype, device: torch.device,
+        self, key: tuple, arena: ArenaCache, draft_cache: ArenaCache, depth: int, lookup: int, width: int,
+        vocab_size: int, dtype: torch.dtype, device: torch.device,
     ):  # fmt: skip
-        self.key, self.arena, self.draft_cache, self.depth = key, arena, draft_cache, depth
+        self.key, self.arena, self.draft_cache = key, arena, draft_cache
         self.capacity = arena.capacity
-        rows = depth + 1
+        self.rows = rows = depth + 1
         self.prefix = torch.ones(1, self.capacity, dtype=torch.bool, device=device)
-        self.state = torch.zeros(4 + rows, dtype=torch.long, device=device)
-        self.draft_length, self.length, self.position, self.count = (self.state[i : i + 1] for i in range(4))
-        self.tokens = self.state[None, 4:]  # [1, rows]: what the draft has not read, the root last
+        sizes = (1, 1, 1, 1, 1, lookup, rows)
+        self.state = torch.zeros(sum(sizes), dtype=torch.long, device=device)
+        parts = self.state.split(sizes)
+        self.draft_length, self.length, self.position, self.count, self.chain_count, self.chain, tokens = parts
+        self.tokens = tokens[None]  # [1, rows]: what the draft has not read, the root last
         self.features = torch.zeros(1, rows, width, dtype=dtype, device=device)  # those of `tokens`
         self.path = torch.zeros(rows, dtype=torch.long, device=device)
         self.noise = torch.ones(rows, vocab_size, dtype=torch.float32, device=device)
@@ -59,9 +62,18 @@ class Workspace:
         self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._graphs: OrderedDict[tuple, dict] = OrderedDict()
 
-    def write_state(self, draft_length: int, length: int, position: int, tokens: Sequence[int]):
-        """Tells the graphs where they are; `tokens` are those that the draft has not read, the root last."""
-        told = [draft_length, length, position, len(tokens), *tokens]
+    def write_state(
+        self, draft_length: int, length: int, position: int, tokens: Sequence[int], chain: Sequence[int] = ()
+    ):
+        """
+        Tells the graphs where they are.
+
+        Args:
+            tokens: those that the draft has not read, the root last.
+            chain: those looked up.
+        """
+        unused = [0] * (len(self.chain) - len(chain))
+        told = [draft_length, length, position, len(tokens), len(chain), *chain, *unused, *tokens]
         self.host_state[: len(told)] = torch.tensor(told, device="cpu")
         self.state.copy_(self.host_state, non_blocking=True)
 

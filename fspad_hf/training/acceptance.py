@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..generation.decoding import SpeculationRecord
+from ..generation.lookup import PromptLookup
 from ..generation.probe import probe
 from ..generation.rounds import depth_limit
 from ..generation.tree import TreeShape
@@ -74,9 +75,12 @@ def simulate(
     outputs = generator.accept(features[:, :-1], sequence[:, 1:])
     rows = None if generator.noise is None else noise.rows
 
-    def limit(length: int) -> int:
-        return depth_limit(generator.config.tree_depth, length, 0, max_length, view.text_config)
+    wanted = TreeShape.of(draft.config)
 
+    def limit(length: int, depth: int = wanted.depth) -> int:
+        return depth_limit(depth, length, 0, max_length, view.text_config)
+
+    lookup = PromptLookup(sequence[0, : prompt_length + 1].tolist())
     emitter, record = KnownTokens(sequence[0].tolist(), prompt_length + 1), SpeculationRecord()
     grown, trees = range(0), None
     while not emitter.finished:
@@ -84,13 +88,16 @@ def simulate(
         if length not in grown:  # all trees of a depth from here on, of which a walk visits some
             end = min(length + generator.at_once, sequence.shape[1])
             grown = range(length, next((n for n in range(length, end) if limit(n) != limit(length)), end))
-            shape = TreeShape.of(draft.config)._replace(depth=limit(length))
+            shape = wanted._replace(depth=limit(length))
             drawn = None if rows is None else rows[length - prompt_length :]
             trees = generator.grow_at(outputs, range(length - 2, grown.stop - 2), shape, drawn)
         tree = trees.tree(length - grown.start, emitter.tokens[length - 1])
+        if chain := lookup.continuation(limit(length, wanted.lookup)):
+            tree = tree.grafted(torch.tensor(chain)).trimmed()
         path: list[int] = []
         walk(tree, features.new_empty(1, len(tree), 0), emitter, path)
         record.accepted_lengths.append(len(path))
+        lookup.extend(emitter.tokens[length : emitter.at])
     return record
 
 

@@ -59,7 +59,7 @@ class ManyTrees(FSPADCandidateGenerator):
             read: what [`~FSPADCandidateGenerator.accept`] returned of the text.
             noise (`[rows, V]`): row i + d decides the token at depth d + 1 of tree i; `None` drafts uncoupled.
         """
-        (depth, k, total), trees, device = shape, len(places), self.draft.device
+        (depth, k, total, _), trees, device = shape, len(places), self.draft.device
         here, start = slice(places.start, places.stop), self.cache.length
         at = torch.arange(places.start, places.stop, device=device)
         if depth < 1:

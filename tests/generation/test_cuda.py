@@ -72,7 +72,9 @@ def test_graphs(name, settings, teach, prompt):
 
 
 @pytest.mark.parametrize(
-    "overrides", [{}, {"draft_vocab_size": 40}, {"coupled_drafting": False}, {"tree": "auto"}], ids=str
+    "overrides",
+    [{}, {"draft_vocab_size": 40}, {"coupled_drafting": False}, {"tree": "auto"}, {"tree_lookup_tokens": 8}],
+    ids=str,
 )
 def test_graphs_of_a_real_draft(prompt, overrides, tmp_path, monkeypatch):
     monkeypatch.setenv("FSPAD_HF_CACHE", str(tmp_path))

@@ -132,6 +132,32 @@ def test_eos_within_a_path(check, prompt, settings):
         assert plain_too.sequences.shape[1] <= place + 1
 
 
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True, "temperature": 0.1}], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("shape", [(3, 3, 8), (0, 0, 0)], ids=["on a tree", "alone"])
+def test_tokens_looked_up(captured, prompt, settings, shape, monkeypatch):
+    """The same rounds as without graphs, whether the walk is captured or the user's own processors have their say."""
+    model = tiny.build("llama")
+    for weight in model.model.layers.parameters():
+        weight.data.mul_(0.1)  # the last token says what comes next, so a text soon goes in circles
+    fixed = SimpleNamespace(choose=lambda: TreeShape(*shape, 9), observe=lambda *_: None)
+    monkeypatch.setattr(decoding, "trees_of", lambda *_: fixed)
+    for each in (dict, lambda: {"logits_processor": LogitsProcessorList([DrawingProcessor()])}):
+        kwargs, plain, state = plain_run(model, prompt, 3, each, {"max_new_tokens": 80, **settings})
+        lengths = []
+        for cuda_graphs in (False, True, True):
+            draft = fresh_draft(
+                model, cuda_graphs=cuda_graphs, tree_depth=3, tree_top_k=3, tree_total_nodes=8, tree_lookup_tokens=9
+            )
+            torch.manual_seed(3)
+            fast = model.generate(prompt, assistant_model=draft, **kwargs, **each())
+            assert fast.sequences.tolist() == plain.sequences.tolist()
+            assert torch.equal(rng_state(prompt.device), state)
+            lengths.append(fast.speculation.accepted_lengths)
+        assert lengths[0][:-4] == lengths[1][: len(lengths[0]) - 4] and lengths[1] == lengths[2]
+        assert max(lengths[0]) == 10 or each is not dict
+        assert captured and not WorkspacePool.of(draft).refused
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma3_text"])
 def test_a_text_outgrows_its_buckets(check, prompt, name):
     draft, *_ = check(tiny.build(name), prompt, max_new_tokens=140, accuracies=(0.9,), **SAMPLED)
@@ -319,11 +345,13 @@ class NothingFromTheHost(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("lookup", [0, 5])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt", "gpt2"])
-def test_a_step_copies_nothing_between_host_and_device(name):
+def test_a_step_copies_nothing_between_host_and_device(name, lookup):
     """On the meta device, where a look at a value raises, and tensors of the CPU are the host's."""
     model = tiny.build(name).to("meta")
-    draft = fresh_draft(model, draft_vocab_size=40, tree_depth=3, tree_top_k=3, tree_total_nodes=9).to("meta")
+    shape = {"tree_depth": 3, "tree_top_k": 3, "tree_total_nodes": 9, "tree_lookup_tokens": lookup}
+    draft = fresh_draft(model, draft_vocab_size=40, **shape).to("meta")
     warpers = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(9), TopPLogitsWarper(0.9)])
     with torch.device("meta"):
         ids, cache = torch.zeros(1, 7, dtype=torch.long), DynamicCache(config=model.config.get_text_config())
@@ -349,7 +377,8 @@ def test_a_step_copies_nothing_between_host_and_device(name):
             logits, features, drawn = rounds._verify(tree)
         with rounds._fixed():
             rounds._keep(features)
-    assert tree.tokens.shape == (1, 10) and logits.shape == (1, 10, 64) and drawn.shape == (2 + 2 * 4,)
+    nodes, drawable = 10 + lookup, 1 + max(3, lookup)
+    assert tree.tokens.shape == (1, nodes) and logits.shape == (1, nodes, 64) and drawn.shape == (2 + 2 * drawable,)
 
 
 def test_costs_are_those_of_replays(captured, prompt, monkeypatch, tmp_path):

@@ -166,7 +166,7 @@ def chain(nodes, length):
     return CandidateTree(*rows)
 
 
-def tiny_config(depth, top_k, nodes):
+def tiny_config(depth, top_k, nodes, lookup=0):
     return FSPADConfig(
         vocab_size=64,
         hidden_size=32,
@@ -174,16 +174,58 @@ def tiny_config(depth, top_k, nodes):
         tree_depth=depth,
         tree_top_k=top_k,
         tree_total_nodes=nodes,
+        tree_lookup_tokens=lookup,
     )
 
 
+@pytest.mark.parametrize("looked_up", [0, 7])
 @pytest.mark.parametrize("shape", [(6, 10, 59), (1, 1, 1), (3, 3, 8), (8, 2, 20), (2, 30, 200)])
-def test_the_ladder(shape):
-    shapes = ladder(tiny_config(*shape))
-    assert shapes[0] == PLAIN and shapes[-1] == shape and len(set(shapes)) == len(shapes)
-    for depth, top_k, nodes in shapes[1:]:
+def test_the_ladder(shape, looked_up):
+    shapes = ladder(tiny_config(*shape, looked_up))
+    assert shapes[0] == PLAIN and shapes[-1] == (*shape, looked_up) and len(set(shapes)) == len(shapes)
+    assert (TreeShape(0, 0, 0, 7) in shapes) == (looked_up == 7)
+    for depth, top_k, nodes, lookup in shapes[1:]:
+        assert lookup == looked_up
+        if not depth:
+            continue
         assert nodes <= top_k + (depth - 1) * top_k**2 and depth <= nodes  # a tree that can be grown
         assert all(a <= b for a, b in zip((depth, top_k, nodes), shape, strict=True))
+
+
+def test_what_is_looked_up_is_weighed_against_what_is_drafted():
+    """Whichever guesses better is kept, also where both are in one tree."""
+    costs = RoundCosts(((1, 1.0), (60, 1.3)), ((2, 0.2), (10, 0.2)), ((2, 0.3), (10, 0.3)))
+
+    def settled(drafted, found):
+        """`drafted` and `found`: how many tokens of the text the draft and the text itself guess each round."""
+        chosen = TunedTrees(tiny_config(6, 10, 59, lookup=8), costs)
+        for number in range(300):
+            shape, text = chosen.choose(), [100 * number + i for i in range(9)]
+            chain = [*text[:found], *[-1] * (8 - found)][: shape.lookup]
+            depth = min(drafted, shape.depth)
+            if not chain:
+                tree, path = CandidateTree.root(torch.tensor([[0]])), [0]
+            else:
+                tree = CandidateTree.root(torch.tensor([[0]]))
+                if shape.depth:
+                    tree = straight(text[:depth] + [-2] * (shape.depth - depth))
+                tree = tree.grafted(torch.tensor(chain)).trimmed()
+                children, path = tree.children(), [0]
+                while (node := children.get((path[-1], text[len(path) - 1]))) is not None:
+                    path.append(node)
+            chosen.observe(tree, path, chain)
+        return chosen.choose()
+
+    assert settled(0, 0) == PLAIN
+    assert settled(0, 6) == settled(1, 6) == TreeShape(0, 0, 0, 8)
+    assert settled(4, 0).depth >= 4 and settled(4, 1).depth >= 4
+
+
+def straight(tokens):
+    """A draft's tree that is one path."""
+    numbers = torch.arange(len(tokens) + 1)
+    parents = (numbers - 1).clamp(min=0)
+    return CandidateTree(torch.tensor([[0, *tokens]]), parents[None], numbers[None], -0.1 * numbers[None])
 
 
 def test_costs_are_interpolated():
@@ -192,6 +234,8 @@ def test_costs_are_interpolated():
     assert made.round(TreeShape(1, 2, 4)) == pytest.approx(0.2 + 1.5)
     assert made.round(TreeShape(4, 6, 59)) == pytest.approx(0.4 + 3 * 0.3 + 4.0)
     assert made.round(TreeShape(1, 1, 200)) == pytest.approx(0.2 + 4.0)
+    assert made.round(TreeShape(0, 0, 0, 8)) == 2.0
+    assert made.round(TreeShape(1, 2, 4, 4)) == pytest.approx(0.2 + 2.0)
 
 
 def test_costs_are_measured_once_and_stored(auto, cache, prompt, monkeypatch):

@@ -20,10 +20,11 @@ from ..conftest import fresh_draft
 @pytest.mark.parametrize("mode", ["greedy", "coupled", "uncoupled"])
 @pytest.mark.parametrize("eos", [None, 2])
 @pytest.mark.parametrize("drafted", [None, 32])
-@pytest.mark.parametrize("at_once", [64, 7])
-def test_simulation_equals_decoding_round_for_round(llama, prompt, mode, eos, drafted, at_once, monkeypatch):
+@pytest.mark.parametrize("at_once, lookup", [(64, 0), (7, 0), (7, 6)])
+def test_simulation_equals_decoding_round_for_round(llama, prompt, mode, eos, drafted, at_once, lookup, monkeypatch):
     monkeypatch.setattr(many_trees, "TREES_AT_ONCE", at_once)
     fields = {"tree_depth": 4, "tree_top_k": 4, "tree_total_nodes": 15, "draft_vocab_size": drafted}
+    fields["tree_lookup_tokens"] = lookup
     draft = fresh_draft(llama, coupled_drafting=mode == "coupled", **fields)
     if drafted:
         draft.draft_vocab_ids = torch.arange(1, 64, 2)
