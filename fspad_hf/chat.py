@@ -28,6 +28,7 @@ def run_chat(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree_lookup: int | None = None,
     tree: str | None = None,
     console: Console | None = None,
 ) -> None:
@@ -37,7 +38,7 @@ def run_chat(
     Where standard input or output is no terminal, the output is plain text without prompts or colours.
 
     Args:
-        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree: see [`load_models`].
+        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
         max_new_tokens: the most tokens of an answer; the target's context can leave fewer.
         temperature, top_p, top_k: any of them turns sampling on; what is left out is as in the target's
             generation_config, as is everything if all are.
@@ -60,6 +61,7 @@ def run_chat(
             tree_depth=tree_depth,
             tree_top_k=tree_top_k,
             tree_nodes=tree_nodes,
+            tree_lookup=tree_lookup,
             tree=tree,
         )
         with quiet_transformers():

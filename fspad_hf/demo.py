@@ -41,6 +41,7 @@ def run_demo(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree_lookup: int | None = None,
     tree: str | None = None,
     console: Console | None = None,
 ) -> list[dict]:
@@ -50,7 +51,7 @@ def run_demo(
     Everything that can be checked is checked before anything is downloaded or written.
 
     Args:
-        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree: see [`load_models`].
+        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
         prompts: the user's messages; by default four short ones.
         json_file: where to write the rows.
         seed: given to `torch.manual_seed` before each answer.
@@ -69,7 +70,15 @@ def run_demo(
         json_file = writable_file(json_file)
     console = console or Console()
     models = load_models(
-        target, draft, device, dtype, tree_depth=tree_depth, tree_top_k=tree_top_k, tree_nodes=tree_nodes, tree=tree
+        target,
+        draft,
+        device,
+        dtype,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_nodes=tree_nodes,
+        tree_lookup=tree_lookup,
+        tree=tree,
     )
     with quiet_transformers():
         demo = _Demo(models, max_new_tokens, seed, console)

@@ -161,6 +161,7 @@ def run_explain(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree_lookup: int | None = None,
     tree: str | None = None,
 ) -> Explanation:
     """
@@ -169,7 +170,7 @@ def run_explain(
     Args:
         output: a .svg file, or an .html file that shows the text growing as well.
         rounds: draw the first so many (default: 3 in an SVG, all in HTML).
-        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree: see [`load_models`].
+        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
         prompt, max_new_tokens, sampled, seed: see [`explain`].
 
     Raises:
@@ -187,7 +188,15 @@ def run_explain(
         raise ValueError(f"prompt={prompt!r} is empty: expected text.")
     output = writable_file(output, "output")
     models = load_models(
-        target, draft, device, dtype, tree_depth=tree_depth, tree_top_k=tree_top_k, tree_nodes=tree_nodes, tree=tree
+        target,
+        draft,
+        device,
+        dtype,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_nodes=tree_nodes,
+        tree_lookup=tree_lookup,
+        tree=tree,
     )
     with quiet_transformers():
         name = Path(models.target_name).name

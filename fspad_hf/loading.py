@@ -33,6 +33,7 @@ def load_models(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree_lookup: int | None = None,
     tree: str | None = None,
     cpu_tree: bool = True,
 ) -> Models:
@@ -44,15 +45,15 @@ def load_models(
             a draft SmolLM2-135M-Instruct from PyPI, see [`demo_target`].
         draft: path or Hub id of a draft for `target`; by default the released one of the default target.
         device, dtype: see [`resolve_device`] and [`resolve_dtype`].
-        tree_depth, tree_top_k, tree_nodes, tree: replace the draft's `tree_depth`, `tree_top_k`, `tree_total_nodes`
-            and `tree` ("fixed" or "auto").
-        cpu_tree: with none of them, give a CPU the small `CPU_TREE`.
+        tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: replace the draft's `tree_depth`, `tree_top_k`,
+            `tree_total_nodes`, `tree_lookup_tokens` and `tree` ("fixed" or "auto").
+        cpu_tree: with none of them but `tree_lookup`, give a CPU the small `CPU_TREE`.
 
     Raises:
         ValueError, OSError: an argument is wrong, or a model cannot be had.
     """
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
-    trees = tree_changes(place, tree_depth, tree_top_k, tree_nodes, tree) if cpu_tree else {}
+    trees = tree_changes(place, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree) if cpu_tree else {}
     with quiet_transformers():
         draft_name = draft or str(released_draft())
         config = draft_config(draft_name, trees)
@@ -78,6 +79,7 @@ def tree_changes(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree_lookup: int | None = None,
     tree: str | None = None,
 ) -> dict[str, int | str | None]:
     """
@@ -85,9 +87,11 @@ def tree_changes(
     asked gets `CPU_TREE`.
     """
     given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes, "tree": tree}
+    lookup = {"tree_lookup_tokens": tree_lookup}
     if place.type != "cpu":
-        return given
-    return {**(CPU_TREE if all(value is None for value in given.values()) else given), "prepack_linears": True}
+        return given | lookup
+    asked = any(value is not None for value in given.values())
+    return {**(given if asked else CPU_TREE), **lookup, "prepack_linears": True}
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], device=None) -> dict:

@@ -68,12 +68,14 @@ def test_a_difference_is_a_failure(monkeypatch, identical, dtype, code):
 def test_options_reach_the_demo(monkeypatch):
     seen = {}
     monkeypatch.setattr(demo, "run_demo", lambda **options: seen.update(options) or [])
-    arguments = "demo --prompt a --prompt b --seed 3 --json f --tree-depth 2 --tree-top-k 4 --tree-nodes 5"
+    arguments = (
+        "demo --prompt a --prompt b --seed 3 --json f --tree-depth 2 --tree-top-k 4 --tree-nodes 5 --tree-lookup 6"
+    )
     assert cli.main(arguments.split()) == 0
     assert seen == {
         "target": None, "draft": None, "device": None, "dtype": None, "prompts": ["a", "b"], "max_new_tokens": 128,
         "seed": 3, "json_file": "f", "tree_depth": 2, "tree_top_k": 4, "tree_nodes": 5,
-        "tree": None,
+        "tree_lookup": 6, "tree": None,
     }  # fmt: skip
 
 

@@ -31,14 +31,14 @@ def run_profile(
     max_new_tokens: int | None = None, repeats: int = 3, modes: Sequence[str] = ("greedy", "sampled"),
     methods: Sequence[str] | None = None, rows: Sequence[int] = ProfileSettings.rows, seed: int = 0,
     json_file: str | None = None, plot: str | None = None, tree_depth: int | None = None,
-    tree_top_k: int | None = None, tree_nodes: int | None = None,
+    tree_top_k: int | None = None, tree_nodes: int | None = None, tree_lookup: int | None = None,
     tree: str | None = None,
 ) -> dict:  # fmt: skip
     """
     `fspad-hf profile`: prints where a round's time goes, and writes it to `json_file` and, as an SVG, to `plot`.
 
     Args:
-        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree: see [`load_models`].
+        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
         shape: time random weights of this shape instead, see [`shape_config`]; with it `tau` (tokens a round by
             decree), `rounds` (of an answer) and `draft_vocab_size`.
         prompts, max_new_tokens: of a real pair.
@@ -56,7 +56,13 @@ def run_profile(
              for path, option in ((json_file, "json_file"), (plot, "plot"))]  # fmt: skip
     if plot is not None:
         _check_plot(plot)
-    trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_nodes": tree_nodes, "tree": tree}
+    trees = {
+        "tree_depth": tree_depth,
+        "tree_top_k": tree_top_k,
+        "tree_nodes": tree_nodes,
+        "tree_lookup": tree_lookup,
+        "tree": tree,
+    }
     common = {"repeats": repeats, "modes": tuple(modes), "rows": tuple(rows), "seed": seed}
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
     try:
@@ -146,7 +152,10 @@ def _measured(target, draft, inputs, settings, target_name, draft_name) -> dict:
             stack.enter_context(status(what))
 
         found = profile(target, draft, inputs, settings, report)
-    tree = {name: getattr(draft.config, name) for name in ("tree_depth", "tree_top_k", "tree_total_nodes")}
+    tree = {
+        name: getattr(draft.config, name)
+        for name in ("tree_depth", "tree_top_k", "tree_total_nodes", "tree_lookup_tokens")
+    }
     return {
         "target": target_name, "draft": draft_name, "tree": tree, "draft_vocab_size": draft.config.draft_vocab_size,
         "dtype": str(target.dtype).removeprefix("torch."),
@@ -162,7 +171,7 @@ def _show(result: dict, json_file, plot) -> None:
         write_json(json_file, result)
     if plot is not None:
         save_plot(result, plot)
-    console, tree = Console(), list(result["tree"].values())
+    console, tree = Console(), [number for number in result["tree"].values() if number]
     console.print(
         f"{result['target']}, draft {result['draft']}, {result['dtype']}, trees {tree}, prompts of "
         f"{result['context']} tokens, {result['machine']['device']}",

@@ -45,6 +45,7 @@ def run_bench(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree_lookup: int | None = None,
     tree: str | None = None,
     raw_prompts: bool = False,
     console: Console | None = None,
@@ -53,7 +54,7 @@ def run_bench(
     Runs a bench, or goes on with one, and writes results.json, report.md and its plots to `output`.
 
     Args:
-        target, device, dtype, tree_depth, tree_top_k, tree_nodes, tree: see [`load_models`].
+        target, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
         drafts: each a path or Hub id, or NAME=PATH_OR_HUB_ID to name it in tables; the first picks the target if there
             is none. By default the released draft.
         assistant: a model for stock assisted generation; adds that method.
@@ -75,7 +76,13 @@ def run_bench(
     named = _names(drafts or [""])
     folder = _writable_folder(output)
     asked = read_prompts(prompts) if prompts else read_questions(questions or published_questions(), per_task, tasks)
-    trees = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_nodes": tree_nodes, "tree": tree}
+    trees = {
+        "tree_depth": tree_depth,
+        "tree_top_k": tree_top_k,
+        "tree_nodes": tree_nodes,
+        "tree_lookup": tree_lookup,
+        "tree": tree,
+    }
     for draft in named.values():
         if draft:
             draft_config(draft)
@@ -203,9 +210,13 @@ def verdict(figures: dict, names: Sequence[str], exact: bool) -> str:
 
 
 def tree_settings(config) -> list[int | str]:
-    """Depth, top-k and nodes of a draft's trees, "auto" where they are chosen, "prepacked" if the weights are."""
-    words = {"auto": config.tree == "auto", "prepacked": config.prepack_linears}
-    return [*TreeShape.of(config), *(word for word, holds in words.items() if holds)]
+    """
+    Depth, top-k and nodes of a draft's trees; "lookup" and its tokens where text is looked up, "auto" where trees are
+    chosen, "prepacked" if the weights are.
+    """
+    depth, top_k, nodes, lookup = TreeShape.of(config)
+    words = {f"lookup {lookup}": lookup, "auto": config.tree == "auto", "prepacked": config.prepack_linears}
+    return [depth, top_k, nodes, *(word for word, holds in words.items() if holds)]
 
 
 def _names(drafts: Sequence[str]) -> dict[str, str]:

@@ -186,6 +186,7 @@ def run_verify(
     prompts: Sequence[str] | None = None, seeds: int = 2, max_new_tokens: int = 48, long_prompt: int | None = None,
     json_file: str | None = None, tree_depth: int | None = None, tree_top_k: int | None = None,
     tree_nodes: int | None = None,
+    tree_lookup: int | None = None,
     tree: str | None = None,
 ) -> bool:  # fmt: skip
     """`fspad-hf verify`: prints a row a setting; whether some answer was speculated, and no difference is
@@ -197,7 +198,15 @@ def run_verify(
     if seeds < 1 or max_new_tokens < 2:
         raise ValueError(f"seeds={seeds}, max_new_tokens={max_new_tokens}: expected 1 or more, and 2 or more.")
     models = load_models(
-        target, draft, device, dtype, tree_depth=tree_depth, tree_top_k=tree_top_k, tree_nodes=tree_nodes, tree=tree
+        target,
+        draft,
+        device,
+        dtype,
+        tree_depth=tree_depth,
+        tree_top_k=tree_top_k,
+        tree_nodes=tree_nodes,
+        tree_lookup=tree_lookup,
+        tree=tree,
     )
     console = Console()
 
