@@ -10,7 +10,8 @@ from .modeling_fspad import FSPADDraftModel
 from .pretrained import draft_config, named_target
 from .runtime import quiet_transformers, resolve_device, resolve_dtype, status
 
-CPU_TREE = {"tree_depth": 2, "tree_top_k": 3, "tree_total_nodes": 5}  # a CPU pays for every row it verifies
+# a CPU pays for every row it verifies, and for every level it drafts; what is looked up costs no level
+CPU_TREE = {"tree_depth": 2, "tree_top_k": 3, "tree_total_nodes": 5, "tree_lookup_tokens": 8}
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ def load_models(
         device, dtype: see [`resolve_device`] and [`resolve_dtype`].
         tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: replace the draft's `tree_depth`, `tree_top_k`,
             `tree_total_nodes`, `tree_lookup_tokens` and `tree` ("fixed" or "auto").
-        cpu_tree: with none of them but `tree_lookup`, give a CPU the small `CPU_TREE`.
+        cpu_tree: with none of them, give a CPU the small `CPU_TREE`; `tree_lookup` alone changes its lookup.
 
     Raises:
         ValueError, OSError: an argument is wrong, or a model cannot be had.
@@ -87,7 +88,7 @@ def tree_changes(
     asked gets `CPU_TREE`.
     """
     given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes, "tree": tree}
-    lookup = {"tree_lookup_tokens": tree_lookup}
+    lookup = {} if tree_lookup is None else {"tree_lookup_tokens": tree_lookup}
     if place.type != "cpu":
         return given | lookup
     asked = any(value is not None for value in given.values())

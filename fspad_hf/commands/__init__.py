@@ -24,13 +24,13 @@ def add_model_arguments(parser, several_drafts: bool = False):
 
 def add_tree_arguments(parser):
     """`--tree-depth`, `--tree-top-k`, `--tree-nodes`, `--tree-lookup` and `--tree`."""
-    tree = parser.add_argument_group("draft tree (default: what the draft's config.json says; on a CPU 2, 3, 5)")
+    tree = parser.add_argument_group("draft tree (default: what the draft's config.json says; on a CPU 2, 3, 5, 8)")
     tree.add_argument("--tree-depth", type=int, metavar="N", help="levels below the root")
     tree.add_argument("--tree-top-k", type=int, metavar="N", help="children of a node, and nodes expanded a level")
     tree.add_argument("--tree-nodes", type=int, metavar="N", help="nodes verified each round")
     tree.add_argument(
         "--tree-lookup", type=int, metavar="N",
-        help="verify beside these up to N tokens that followed where the text ended so before (default: 0)",
+        help="verify beside these up to N tokens that followed where the text ended so before",
     )  # fmt: skip
     tree.add_argument(
         "--tree", choices=("fixed", "auto"),
