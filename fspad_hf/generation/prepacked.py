@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+FEW = 2  # rows in float32: a plain step is what it is in plain decoding
 ROWS = 8  # the layout is chosen for about so many
 SAMPLED = 64  # values of a weight by which a change is noticed
 
@@ -48,11 +49,13 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.dtype != self.weight.dtype or torch.is_grad_enabled():
             return super().forward(input)
-        return packed_product(input, self.packed, self.bias)
+        return product(input, self.weight, self.packed, self.bias)
 
 
-def packed_product(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`linear` of a packed weight."""
+def product(rows: torch.Tensor, weight: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`linear`, on the packed weight unless there are so few rows that the plain one is as quick as it can be read."""
+    if rows.dtype == torch.float32 and rows.shape[:-1].numel() <= FEW:
+        return nn.functional.linear(rows, weight, bias)
     return torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
 
 

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from ..host import CACHE
 from .cache import ArenaCache
 from .grouped import folded_config
-from .prepacked import PackedWeight, can_pack, packed_product, packed_weights
+from .prepacked import PackedWeight, can_pack, packed_weights, product
 from .tree import CandidateTree
 from .twin import twin
 
@@ -146,7 +146,7 @@ class Target:
             # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
             rows, (weight, bias) = features.flatten(0, -2), self._head_rows
             if self._packed_rows is not None:
-                logits = packed_product(rows, self._packed_rows, bias)
+                logits = product(rows, weight, self._packed_rows, bias)
             else:
                 logits = nn.functional.linear(rows, weight, bias)
             logits = logits.unflatten(0, features.shape[:-1])

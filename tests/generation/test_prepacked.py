@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from fspad_hf.generation.prepacked import packed_weights
+from fspad_hf.generation.prepacked import FEW, PackedLinear, PackedWeight, packed_weights, product
 from fspad_hf.generation.twin import twin
 
 from .. import tiny
@@ -42,6 +42,22 @@ def test_same_tokens_as_plain(llama, prompt, sampled, packed_calls):
     layers = llama.config.num_hidden_layers
     assert len(packed_calls) > output.speculation.rounds * (7 * layers + 1)  # the target's alone are as many
     assert {weight.dtype for _, weight, *_ in packed_calls} == {torch.float32}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_plain_step_in_float32_costs_what_it_costs_in_plain_decoding(llama, packed_calls, rows):
+    """Few rows run on the plain weights, by the very product; in bfloat16 even one row is quicker packed."""
+    linear = next(m for m in twin(llama, packed_weights(llama)).modules() if type(m) is PackedLinear)
+    given = torch.randn(1, rows, linear.in_features)
+    with torch.no_grad():
+        made = linear(given)
+        assert bool(packed_calls) == (rows > FEW)
+        torch.testing.assert_close(made, torch.nn.functional.linear(given, linear.weight, linear.bias))
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            packed_calls.clear()
+            half = linear.weight.to(torch.bfloat16)
+            product(given.to(torch.bfloat16), half, PackedWeight.of(half).packed, None)
+            assert packed_calls
 
 
 def test_off_by_default(llama, prompt, packed_calls):
