@@ -25,12 +25,8 @@ def run_chat(
     greedy: bool = False,
     seed: int | None = None,
     system: str | None = None,
-    tree_depth: int | None = None,
-    tree_top_k: int | None = None,
-    tree_nodes: int | None = None,
-    tree_lookup: int | None = None,
-    tree: str | None = None,
     console: Console | None = None,
+    **trees: int | str | None,
 ) -> None:
     """
     Reads messages from standard input, a line each, until its end, `/exit` or Ctrl-C, and streams the answers.
@@ -38,7 +34,7 @@ def run_chat(
     Where standard input or output is no terminal, the output is plain text without prompts or colours.
 
     Args:
-        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
+        target, draft, device, dtype, trees (`tree_depth` ... `tree`): see [`load_models`].
         max_new_tokens: the most tokens of an answer; the target's context can leave fewer.
         temperature, top_p, top_k: any of them turns sampling on; what is left out is as in the target's
             generation_config, as is everything if all are.
@@ -53,17 +49,7 @@ def run_chat(
     interactive = sys.stdin.isatty() and (console or Console()).is_terminal
     console = console or (Console() if interactive else Console(force_terminal=False, no_color=True))
     try:
-        models = load_models(
-            target,
-            draft,
-            device,
-            dtype,
-            tree_depth=tree_depth,
-            tree_top_k=tree_top_k,
-            tree_nodes=tree_nodes,
-            tree_lookup=tree_lookup,
-            tree=tree,
-        )
+        models = load_models(target, draft, device, dtype, **trees)
         with quiet_transformers():
             chat = _Chat(models, console, interactive, system, {"max_new_tokens": max_new_tokens, **sampling})
             if seed is not None:

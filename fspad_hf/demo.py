@@ -38,12 +38,8 @@ def run_demo(
     max_new_tokens: int = 128,
     json_file: str | os.PathLike | None = None,
     seed: int = 0,
-    tree_depth: int | None = None,
-    tree_top_k: int | None = None,
-    tree_nodes: int | None = None,
-    tree_lookup: int | None = None,
-    tree: str | None = None,
     console: Console | None = None,
+    **trees: int | str | None,
 ) -> list[dict]:
     """
     Answers each prompt greedily and sampled, by plain `generate` and by FSPAD, and prints a table of the results.
@@ -51,7 +47,7 @@ def run_demo(
     Everything that can be checked is checked before anything is downloaded or written.
 
     Args:
-        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
+        target, draft, device, dtype, trees (`tree_depth` ... `tree`): see [`load_models`].
         prompts: the user's messages; by default four short ones.
         json_file: where to write the rows.
         seed: given to `torch.manual_seed` before each answer.
@@ -69,17 +65,7 @@ def run_demo(
     if json_file is not None:
         json_file = writable_file(json_file)
     console = console or Console()
-    models = load_models(
-        target,
-        draft,
-        device,
-        dtype,
-        tree_depth=tree_depth,
-        tree_top_k=tree_top_k,
-        tree_nodes=tree_nodes,
-        tree_lookup=tree_lookup,
-        tree=tree,
-    )
+    models = load_models(target, draft, device, dtype, **trees)
     with quiet_transformers():
         demo = _Demo(models, max_new_tokens, seed, console)
         with status("Warming up"):

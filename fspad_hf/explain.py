@@ -158,11 +158,7 @@ def run_explain(
     max_new_tokens: int = 32,
     sampled: bool = False,
     seed: int = 0,
-    tree_depth: int | None = None,
-    tree_top_k: int | None = None,
-    tree_nodes: int | None = None,
-    tree_lookup: int | None = None,
-    tree: str | None = None,
+    **trees: int | str | None,
 ) -> Explanation:
     """
     `fspad-hf explain`: draws the rounds of one answer into a file, which is written whole or not at all.
@@ -170,7 +166,7 @@ def run_explain(
     Args:
         output: a .svg file, or an .html file that shows the text growing as well.
         rounds: draw the first so many (default: 3 in an SVG, all in HTML).
-        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
+        target, draft, device, dtype, trees (`tree_depth` ... `tree`): see [`load_models`].
         prompt, max_new_tokens, sampled, seed: see [`explain`].
 
     Raises:
@@ -187,17 +183,7 @@ def run_explain(
     if not prompt.strip():
         raise ValueError(f"prompt={prompt!r} is empty: expected text.")
     output = writable_file(output, "output")
-    models = load_models(
-        target,
-        draft,
-        device,
-        dtype,
-        tree_depth=tree_depth,
-        tree_top_k=tree_top_k,
-        tree_nodes=tree_nodes,
-        tree_lookup=tree_lookup,
-        tree=tree,
-    )
+    models = load_models(target, draft, device, dtype, **trees)
     with quiet_transformers():
         name = Path(models.target_name).name
         made = explain(models.target, models.tokenizer, models.draft, prompt, max_new_tokens, sampled, seed, name)

@@ -30,15 +30,14 @@ def run_profile(
     draft_vocab_size: int | None = None, prompts: Sequence[str] | None = None, context: int | None = None,
     max_new_tokens: int | None = None, repeats: int = 3, modes: Sequence[str] = ("greedy", "sampled"),
     methods: Sequence[str] | None = None, rows: Sequence[int] = ProfileSettings.rows, seed: int = 0,
-    json_file: str | None = None, plot: str | None = None, tree_depth: int | None = None,
-    tree_top_k: int | None = None, tree_nodes: int | None = None, tree_lookup: int | None = None,
-    tree: str | None = None,
+    json_file: str | None = None, plot: str | None = None,
+    **trees: int | str | None,
 ) -> dict:  # fmt: skip
     """
     `fspad-hf profile`: prints where a round's time goes, and writes it to `json_file` and, as an SVG, to `plot`.
 
     Args:
-        target, draft, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
+        target, draft, device, dtype, trees (`tree_depth` ... `tree`): see [`load_models`].
         shape: time random weights of this shape instead, see [`shape_config`]; with it `tau` (tokens a round by
             decree), `rounds` (of an answer) and `draft_vocab_size`.
         prompts, max_new_tokens: of a real pair.
@@ -56,13 +55,6 @@ def run_profile(
              for path, option in ((json_file, "json_file"), (plot, "plot"))]  # fmt: skip
     if plot is not None:
         _check_plot(plot)
-    trees = {
-        "tree_depth": tree_depth,
-        "tree_top_k": tree_top_k,
-        "tree_nodes": tree_nodes,
-        "tree_lookup": tree_lookup,
-        "tree": tree,
-    }
     common = {"repeats": repeats, "modes": tuple(modes), "rows": tuple(rows), "seed": seed}
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
     try:

@@ -42,19 +42,15 @@ def run_bench(
     methods: Sequence[str] = ("compile", "prompt-lookup", "fspad"),
     max_new_tokens: int = 128,
     seed: int = 0,
-    tree_depth: int | None = None,
-    tree_top_k: int | None = None,
-    tree_nodes: int | None = None,
-    tree_lookup: int | None = None,
-    tree: str | None = None,
     raw_prompts: bool = False,
     console: Console | None = None,
+    **trees: int | str | None,
 ) -> dict:
     """
     Runs a bench, or goes on with one, and writes results.json, report.md and its plots to `output`.
 
     Args:
-        target, device, dtype, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: see [`load_models`].
+        target, device, dtype, trees (`tree_depth` ... `tree`): see [`load_models`].
         drafts: each a path or Hub id, or NAME=PATH_OR_HUB_ID to name it in tables; the first picks the target if there
             is none. By default the released draft.
         assistant: a model for stock assisted generation; adds that method.
@@ -76,13 +72,6 @@ def run_bench(
     named = _names(drafts or [""])
     folder = _writable_folder(output)
     asked = read_prompts(prompts) if prompts else read_questions(questions or published_questions(), per_task, tasks)
-    trees = {
-        "tree_depth": tree_depth,
-        "tree_top_k": tree_top_k,
-        "tree_nodes": tree_nodes,
-        "tree_lookup": tree_lookup,
-        "tree": tree,
-    }
     for draft in named.values():
         if draft:
             draft_config(draft)

@@ -184,10 +184,8 @@ def lengthen(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Te
 def run_verify(
     target: str | None = None, draft: str | None = None, device: str | None = None, dtype: str | None = None,
     prompts: Sequence[str] | None = None, seeds: int = 2, max_new_tokens: int = 48, long_prompt: int | None = None,
-    json_file: str | None = None, tree_depth: int | None = None, tree_top_k: int | None = None,
-    tree_nodes: int | None = None,
-    tree_lookup: int | None = None,
-    tree: str | None = None,
+    json_file: str | None = None,
+    **trees: int | str | None,
 ) -> bool:  # fmt: skip
     """`fspad-hf verify`: prints a row a setting; whether some answer was speculated, and no difference is
     left that rounding does not explain."""
@@ -197,17 +195,7 @@ def run_verify(
     json_file = writable_file(json_file) if json_file is not None else None
     if seeds < 1 or max_new_tokens < 2:
         raise ValueError(f"seeds={seeds}, max_new_tokens={max_new_tokens}: expected 1 or more, and 2 or more.")
-    models = load_models(
-        target,
-        draft,
-        device,
-        dtype,
-        tree_depth=tree_depth,
-        tree_top_k=tree_top_k,
-        tree_nodes=tree_nodes,
-        tree_lookup=tree_lookup,
-        tree=tree,
-    )
+    models = load_models(target, draft, device, dtype, **trees)
     console = Console()
 
     def show(check: Check):
