@@ -17,7 +17,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu
 import numpy as np
+import parts
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
@@ -145,7 +147,7 @@ class Runner:
     def _command(self, words: list[str], block: Block) -> None:
         known = {"fspad-hf": self._fspad, "pip": check_pip, "pytest": check_pytest, "mkdir": self._mkdir,
                  "cd": lambda arguments: self._enter(self.folder / arguments[0]),
-                 "python": check_venv, ".": lambda arguments: None, "accelerate": check_launch}  # fmt: skip
+                 "python": self._python, ".": lambda arguments: None, "accelerate": check_launch}  # fmt: skip
         if words[0] == CPU_ONLY:
             return self._launch(words[2:])
         assert words[0] in known, f"{block}: no test knows how to run {shlex.join(words)}"
@@ -155,6 +157,16 @@ class Runner:
         if arguments[0] == "chat":
             self.monkeypatch.setattr(sys, "stdin", io.StringIO(TYPED))
         assert cli.main(self._shortened(arguments)) == 0, f"fspad-hf {shlex.join(arguments)}"
+
+    def _python(self, arguments: list[str]) -> None:
+        """The scripts of the checkout; what they do is tested in test_gpu_script.py."""
+        if arguments[0] == "benchmarks/gpu.py":
+            assert set(gpu.parse(arguments[1:]).jobs or ()) <= gpu.JOBS.keys()
+        elif arguments[0] == "benchmarks/parts.py":
+            (self.folder / "model.safetensors").write_bytes(b"weights")
+            assert parts.main(arguments[1:]) == 0
+        else:
+            check_venv(arguments)
 
     def _shortened(self, arguments: list[str]) -> list[str]:
         options = vars(cli._parser().parse_args(arguments))
