@@ -12,9 +12,7 @@ import time
 WORKER = "--worker"  # this file again, as one of the two processes
 
 
-def work(
-    target: str, dtype: str, max_new_tokens: int, draft: str | None = None, prepack: bool = True, lookup: int = 0
-) -> None:
+def work(target: str, dtype: str, max_new_tokens: int, draft: str | None = None) -> None:
     """Answers the prompts (JSON lists of ids, a line each) on stdin; one JSON line of ids and seconds for each."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -23,11 +21,8 @@ def work(
     extra = {}
     if draft:
         from fspad_hf import FSPADDraftModel
-        from fspad_hf.loading import CPU_TREE
 
-        extra["assistant_model"] = FSPADDraftModel.from_pretrained(
-            draft, dtype=model.dtype, **CPU_TREE | {"tree_lookup_tokens": lookup}, prepack_linears=prepack
-        )
+        extra["assistant_model"] = FSPADDraftModel.from_pretrained(draft, dtype=model.dtype)
     assert draft or "fspad_hf" not in sys.modules
     for line in sys.stdin:
         ids = torch.tensor([json.loads(line)])
@@ -46,8 +41,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--per-task", type=int, default=2)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--no-prepack", dest="prepack", action="store_false", help="without prepacked weights")
-    parser.add_argument("--tree-lookup", type=int, default=8, help="tokens looked up in the text beside the draft's")
     args = parser.parse_args(argv)
 
     from transformers import AutoTokenizer
@@ -59,10 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(target)
     command = [sys.executable, __file__, WORKER, target, args.dtype, str(args.max_new_tokens)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    workers = [
-        subprocess.Popen([*command, *more], **pipes)
-        for more in ([], [draft, str(args.prepack), str(args.tree_lookup)])
-    ]
+    workers = [subprocess.Popen([*command, *more], **pipes) for more in ([], [draft])]
 
     def ask(ids: list[int]) -> list[tuple[list[int], float]]:
         answers = []
@@ -93,6 +83,6 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == [WORKER]:
         path, precision, length, *rest = sys.argv[2:]
-        work(path, precision, int(length), *rest[:1], *(word == "True" for word in rest[1:2]), *map(int, rest[2:]))
+        work(path, precision, int(length), *rest)
     else:
         main()

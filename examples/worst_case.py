@@ -1,4 +1,4 @@
-"""What a draft that knows nothing costs with `tree="auto"`: random weights against plain `generate`, in turns.
+"""What a draft that knows nothing costs: random weights against plain `generate`, in turns.
 
 python examples/worst_case.py --max-new-tokens 256 --repeats 5
 """
@@ -21,14 +21,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--prepack", action="store_true", help="with prepacked weights, which quicken plain steps too")
     args = parser.parse_args(argv)
 
     name = args.target or str(demo_target())
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(name)
     target = AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).to(device).eval()
-    draft = FSPADDraftModel.from_target(target, tree="auto", prepack_linears=args.prepack)
+    draft = FSPADDraftModel.from_target(target)
     inputs = tokenizer(args.prompt, return_tensors="pt").to(device)
 
     def seconds(**extra) -> float:

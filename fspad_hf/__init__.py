@@ -5,6 +5,7 @@ from .generation.candidate_generator import FSPADCandidateGenerator
 from .generation.decoding import FSPADGenerateOutput, SpeculationRecord
 from .generation.hook import install, uninstall
 from .modeling_fspad import FSPADDraftModel, FSPADDraftOutput
+from .speculation_config import SpeculationConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FSPADDraftModel",
     "FSPADDraftOutput",
     "FSPADGenerateOutput",
+    "SpeculationConfig",
     "SpeculationRecord",
     "install",
     "uninstall",

@@ -154,10 +154,7 @@ def make_card(
         has_chat_template=_has_chat_template(Path(folder)),
         training_rows=[(_cell(key), _cell(value)) for key, value in (provenance or {}).items()],
         **_results_table(results),
-        **{
-            name: getattr(config, name)
-            for name in ("tree_depth", "tree_top_k", "tree_total_nodes", "draft_vocab_size", "vocab_size")
-        },
+        **{name: getattr(config, name) for name in ("draft_vocab_size", "vocab_size")},
     )
 
 

@@ -6,8 +6,7 @@ import re
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 
-MAX_TREE_NODES = 4096
-MAX_LOOKUP_TOKENS = 256
+from .speculation_config import FIELDS
 
 
 @strict
@@ -30,23 +29,6 @@ class FSPADConfig(PreTrainedConfig):
         fc_bias: bias on the fully connected join (some public EAGLE checkpoints have none).
         draft_vocab_size: draft only that many of the target's ids (stored with the weights, the most frequent ones of
             the training text), which makes the draft's LM head cheaper and changes no token; `None` is all.
-        tree_depth: levels of the draft tree below its root.
-        tree_top_k: children of a node, and nodes expanded at each level.
-        tree_total_nodes: nodes verified each round, the root not counted.
-        tree_lookup_tokens: beside these, verify up to so many tokens that followed the last time that the text ended
-            as it does now (prompt lookup, Saxena 2023): free where a forward over more rows costs nothing, and a gain
-            wherever answers repeat their prompt or themselves. 0 is the paper's tree.
-        tree: "fixed", or "auto": each round's tree is the one, up to the size above, that promises most tokens a
-            second, by costs measured once on the device and by the paths accepted so far; where none pays, decoding is
-            plain. Never changes a token.
-        prepack_linears: on a CPU, keep a second copy of the target's and the draft's linear weights, in the layout in
-            which a forward over a few rows is quickest; costs their memory once more.
-        cuda_graphs: on CUDA, record each step of a round as a graph when it is first run and replay it afterwards, so
-            that the host no longer holds up the device; what cannot be recorded runs as ever.
-        coupled_drafting: when sampling, let the draft see the noise of the coming draws. Never changes a token.
-        coupling_sharpness: the factor on the draft's log-probabilities where a coupled child is chosen. A draft hedges
-            between continuations that the target tells apart, so above 1 its guess of a given draw is better.
-        coupling_kappa: the factor on a coupled child's score before it becomes a confidence.
         target_name_or_path: where the target came from (Hub id or path).
         target_model_type: the target's `model_type`.
         weights_sha256: the sha256 of the weights saved with this configuration; `save_pretrained` sets it, and
@@ -74,16 +56,6 @@ class FSPADConfig(PreTrainedConfig):
     partial_alignment: bool = True
     fc_bias: bool = True
     draft_vocab_size: int | None = None
-    tree_depth: int = 6
-    tree_top_k: int = 10
-    tree_total_nodes: int = 59
-    tree_lookup_tokens: int = 0
-    tree: str = "fixed"
-    prepack_linears: bool = False
-    cuda_graphs: bool = False
-    coupled_drafting: bool = True
-    coupling_sharpness: int | float = 1.0
-    coupling_kappa: int | float = 1.0
     target_name_or_path: str | None = None
     target_model_type: str | None = None
     weights_sha256: str | None = None
@@ -93,6 +65,9 @@ class FSPADConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        # Once these fields were here; what a draft was saved with then still holds.
+        self.old_speculation = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        kwargs.pop("prepack_linears", None)
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads:
@@ -125,32 +100,8 @@ class FSPADConfig(PreTrainedConfig):
                 "null to check nothing; save_pretrained writes the right one."
             )
 
-    def validate_tree(self):
-        """Part of the `@strict` validation, and run again before decoding: the tree must be one that can grow."""
-        for name, low, high in (
-            ("tree_depth", 1, 64),
-            ("tree_top_k", 1, min(self.draft_vocab_size or self.vocab_size, 256)),
-            ("tree_total_nodes", 1, MAX_TREE_NODES),
-            ("tree_lookup_tokens", 0, MAX_LOOKUP_TOKENS),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(
-                    f"{name}={value!r} makes no tree: expected an integer from {low} to {high} "
-                    "(defaults: tree_depth=6, tree_top_k=10, tree_total_nodes=59, tree_lookup_tokens=0)."
-                )
-        if self.tree not in ("fixed", "auto"):
-            raise ValueError(f"tree={self.tree!r} is unknown: expected 'fixed' or 'auto'.")
-        reach = self.tree_top_k + (self.tree_depth - 1) * self.tree_top_k**2
-        if self.tree_total_nodes > reach:
-            raise ValueError(
-                f"tree_total_nodes={self.tree_total_nodes} is more than the {reach} nodes that "
-                f"tree_depth={self.tree_depth} and tree_top_k={self.tree_top_k} can grow; "
-                f"set tree_total_nodes to at most {reach}, or grow a deeper or wider tree."
-            )
-        for name in ("coupling_sharpness", "coupling_kappa"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be finite and above 0 (default 1.0).")
+    def to_dict(self) -> dict:
+        return {name: value for name, value in super().to_dict().items() if name != "old_speculation"}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FSPADConfig":

@@ -1,17 +1,14 @@
 """Target, tokenizer and draft from what a command line names."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .demo_target import demo_target, released_draft
 from .modeling_fspad import FSPADDraftModel
 from .pretrained import draft_config, named_target
 from .runtime import quiet_transformers, resolve_device, resolve_dtype, status
-
-# a CPU pays for every row it verifies, and for every level it drafts; what is looked up costs no level
-CPU_TREE = {"tree_depth": 2, "tree_top_k": 3, "tree_total_nodes": 5, "tree_lookup_tokens": 8}
+from .speculation_config import SpeculationConfig
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,7 @@ def load_models(
     draft: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
-    *,
-    tree_depth: int | None = None,
-    tree_top_k: int | None = None,
-    tree_nodes: int | None = None,
-    tree_lookup: int | None = None,
-    tree: str | None = None,
-    cpu_tree: bool = True,
+    **trees: int | str | None,
 ) -> Models:
     """
     Loads what the arguments name; whatever can be checked is checked before anything is downloaded.
@@ -46,53 +37,39 @@ def load_models(
             a draft SmolLM2-135M-Instruct from PyPI, see [`demo_target`].
         draft: path or Hub id of a draft for `target`; by default the released one of the default target.
         device, dtype: see [`resolve_device`] and [`resolve_dtype`].
-        tree_depth, tree_top_k, tree_nodes, tree_lookup, tree: replace the draft's `tree_depth`, `tree_top_k`,
-            `tree_total_nodes`, `tree_lookup_tokens` and `tree` ("fixed" or "auto").
-        cpu_tree: with none of them, give a CPU the small `CPU_TREE`; `tree_lookup` alone changes its lookup.
+        trees: see [`tree_settings`].
 
     Raises:
         ValueError, OSError: an argument is wrong, or a model cannot be had.
     """
-    place, precision = resolve_device(device), resolve_dtype(dtype, device)
-    trees = tree_changes(place, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree) if cpu_tree else {}
+    place, precision, settings = resolve_device(device), resolve_dtype(dtype, device), tree_settings(**trees)
     with quiet_transformers():
         draft_name = draft or str(released_draft())
-        config = draft_config(draft_name, trees)
+        config = draft_config(draft_name)
         target_name = target or (named_target(draft, config) if draft else str(demo_target()))
         with status(f"Loading {target_name} and {draft_name}"):
-            model, tokenizer, loaded = FSPADDraftModel.load_pair(
-                draft_name, target=target_name, config=config, dtype=precision
-            )
+            model, tokenizer, loaded = FSPADDraftModel.load_pair(draft_name, target=target_name, dtype=precision)
+            loaded.speculation_config.update(**settings)
             return Models(model.to(place), tokenizer, loaded.to(place), target_name, draft_name)
 
 
 def load_draft(draft: str, beside: Models, **trees: int | str | None) -> FSPADDraftModel:
     """Another draft for the target of `beside`; `trees` as [`load_models`] takes them."""
-    target = beside.target
-    changes = tree_changes(target.device, **trees)
     with quiet_transformers():
-        made = FSPADDraftModel.from_pretrained(draft, config=draft_config(draft, changes), dtype=target.dtype)
-    return made.to(target.device).eval()
+        made = FSPADDraftModel.from_pretrained(draft, dtype=beside.target.dtype, **tree_settings(**trees))
+    return made.to(beside.target.device).eval()
 
 
-def tree_changes(
-    place: torch.device,
+def tree_settings(
     tree_depth: int | None = None,
     tree_top_k: int | None = None,
     tree_nodes: int | None = None,
     tree_lookup: int | None = None,
     tree: str | None = None,
-) -> dict[str, int | str | None]:
-    """
-    What to change of a draft's configuration: the tree, and on a CPU the prepacked weights; a CPU for which no tree is
-    asked gets `CPU_TREE`.
-    """
-    given = {"tree_depth": tree_depth, "tree_top_k": tree_top_k, "tree_total_nodes": tree_nodes, "tree": tree}
-    lookup = {} if tree_lookup is None else {"tree_lookup_tokens": tree_lookup}
-    if place.type != "cpu":
-        return given | lookup
-    asked = any(value is not None for value in given.values())
-    return {**(given if asked else CPU_TREE), **lookup, "prepack_linears": True}
+) -> dict[str, int | str]:
+    """The commands' options as fields of a [`SpeculationConfig`]; `ValueError` if one is out of range."""
+    given = SpeculationConfig(tree, tree_depth, tree_top_k, tree_nodes, tree_lookup)
+    return {name: value for name, value in asdict(given).items() if value is not None}
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], device=None) -> dict:

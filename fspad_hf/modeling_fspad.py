@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from .configuration_fspad import FSPADConfig
 from .host import CACHE
 from .pretrained import FSPADPreTrainedModel
+from .speculation_config import FIELDS, SpeculationConfig, of_old_config
 
 
 @dataclass
@@ -89,16 +90,24 @@ class FSPADDraftModel(FSPADPreTrainedModel):
 
     It holds its own weights only. Embedding, LM head and vocabulary are the target's, and everything that belongs to
     one `generate` call lives in an object of that call, so threads can share one draft.
+
+    Attributes:
+        speculation_config ([`SpeculationConfig`]): the settings of speculation, all chosen at the call unless set.
     """
 
     def __init__(self, config: FSPADConfig):
         super().__init__(config)
+        self.speculation_config = of_old_config(config.old_speculation)
         self.feature_sampler = FSPADFeatureSampler(config)
         self.layer = FSPADDecoderLayer(config)
         self.rotary_emb = LlamaRotaryEmbedding(config)
         drafted = None if config.draft_vocab_size is None else torch.arange(config.draft_vocab_size)
         self.register_buffer("draft_vocab_ids", drafted)  # [draft_vocab_size]: the target's ids that are drafted
         self.post_init()
+
+    def speculation_settings(self, device: torch.device | None = None) -> SpeculationConfig:
+        """`speculation_config` with every field chosen, see [`SpeculationConfig.resolved`]."""
+        return self.speculation_config.resolved(device, self.config.draft_vocab_size or self.config.vocab_size)
 
     def forward(
         self,
@@ -138,12 +147,14 @@ class FSPADDraftModel(FSPADPreTrainedModel):
 
         Args:
             target: a decoder-only `PreTrainedModel` with an LM head.
-            overrides: any field of [`FSPADConfig`].
+            overrides: any field of [`FSPADConfig`] or [`SpeculationConfig`].
 
         Raises:
             ValueError: the target has no LM head, or embeds tokens in another width than its head reads.
         """
+        settings = {name: overrides.pop(name) for name in FIELDS if name in overrides}
         draft = cls(config_for_target(target, **overrides)).to(target.dtype).eval()
+        draft.speculation_config.update(**settings)
         return draft if target.device.type == "meta" else draft.to(target.device)  # an offloaded target's is meta
 
 

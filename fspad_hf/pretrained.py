@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 
 import transformers
@@ -11,12 +12,16 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .configuration_fspad import FSPADConfig
+from .speculation_config import FIELDS, SpeculationConfig
 from .weights import INDEX, check_weights, fingerprint, weight_files
 
 PUSH_OPTIONS = (
     "commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags", "license", "datasets",
     "results", "overwrite_card", "target_name",
 )  # fmt: skip
+
+
+HUB_OPTIONS = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
 
 
 class FSPADPreTrainedModel(PreTrainedModel):
@@ -37,12 +42,17 @@ class FSPADPreTrainedModel(PreTrainedModel):
         """
         As `PreTrainedModel.from_pretrained` (`revision`, `token`, `cache_dir`, `subfolder`, `local_files_only`, ...),
         safetensors only. A weight that the file lacks is an error, and so is a file that is not the one saved with the
-        configuration (`weights_sha256`), wherever it came from: a folder, the cache or the Hub.
+        configuration (`weights_sha256`), wherever it came from: a folder, the cache or the Hub. Fields of
+        [`SpeculationConfig`] may be given, too: `tree_depth=4`.
 
         Raises:
             OSError: the weights are missing, damaged or not those of the configuration.
             ValueError: the file lacks a weight that the configuration asks for.
         """
+        settings = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
+        saved = SpeculationConfig.from_pretrained(
+            pretrained_model_name_or_path, **{name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+        )
         with_info = kwargs.pop("output_loading_info", False)
         kwargs["use_safetensors"] = True
         try:
@@ -67,6 +77,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
                 "install a newer fspad_hf, or compare with sha256sum.",
                 stacklevel=2,
             )
+        draft.speculation_config.update(**asdict(saved)).update(**settings)
         return (draft, info) if with_info else draft
 
     @staticmethod
@@ -84,7 +95,6 @@ class FSPADPreTrainedModel(PreTrainedModel):
         draft: str | os.PathLike,
         *,
         target: str | os.PathLike | None = None,
-        config: FSPADConfig | None = None,
         revision: str = "main",
         subfolder: str = "",
         dtype="auto",
@@ -102,7 +112,6 @@ class FSPADPreTrainedModel(PreTrainedModel):
         Args:
             draft: path or Hub id.
             target: path or Hub id of another target than the one named, such as a local copy or a fine-tune of it.
-            config: the draft's configuration, if not the one saved with it.
             revision, subfolder: of the draft; the target is read at its default branch.
             dtype: of target and draft; by default what the target was saved in.
             token, cache_dir, local_files_only: for target, tokenizer and draft alike.
@@ -117,7 +126,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
         """
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         own = {**hub, "revision": revision, "subfolder": subfolder}
-        config = config if config is not None else draft_config(draft, **own)
+        config = draft_config(draft, **own)
         name = target if target is not None else named_target(draft, config)
         loaded_draft = cls.from_pretrained(draft, config=config, **own)
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
@@ -166,6 +175,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
                 written = weight_files(partial) or weight_files(save_directory)  # a variant leaves the main file be
                 self.config.weights_sha256 = fingerprint(written)
                 self.config.save_pretrained(partial)
+                self.speculation_config.save_pretrained(partial)
             if tokenizer is None:
                 tokenizer = _find_tokenizer(self.config.target_name_or_path, self.name_or_path, push.get("token"))
             if tokenizer is not None:
@@ -213,20 +223,14 @@ class FSPADPreTrainedModel(PreTrainedModel):
         check_target_name(name or self.config.target_name_or_path, given=name is not None)
 
 
-def draft_config(
-    draft: str | os.PathLike, changes: dict[str, int | str | None] | None = None, **hub_kwargs
-) -> FSPADConfig:
-    """A draft's configuration with `changes` (`None`: as it is); `ValueError` if it is not an FSPAD draft."""
+def draft_config(draft: str | os.PathLike, **hub_kwargs) -> FSPADConfig:
+    """A draft's configuration; `ValueError` if it is not an FSPAD draft."""
     config = AutoConfig.from_pretrained(draft, **hub_kwargs)
     if not isinstance(config, FSPADConfig):
         raise ValueError(
             f"draft={str(draft)!r} is a {config.model_type!r} model: expected an FSPAD draft ('fspad'); pass the "
             "folder or Hub id that FSPADDraftModel.save_pretrained wrote."
         )
-    for name, value in (changes or {}).items():
-        if value is not None:
-            setattr(config, name, value)
-    config.validate_tree()
     return config
 
 

@@ -117,6 +117,8 @@ def prompt():
 
 
 def fresh_draft(target, **overrides) -> FSPADDraftModel:
+    """With the paper's trees unless told otherwise, so that tests meet trees however little they would pay."""
+    overrides = {"tree": "fixed", "tree_lookup_tokens": 0, **overrides}
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return FSPADDraftModel.from_target(target, **overrides)

@@ -106,7 +106,11 @@ def consume(step, folder: Path) -> None:
     def load(name, **kwargs):
         draft = FSPADDraftModel.from_pretrained(name, **kwargs)
         assert type(draft) is FSPADDraftModel and not draft.training
-        return {"sha256": draft.config.weights_sha256, "depth": draft.config.tree_depth, "sum": _sum(draft)}
+        return {
+            "sha256": draft.config.weights_sha256,
+            "depth": draft.speculation_config.tree_depth,
+            "sum": _sum(draft),
+        }
 
     def generates(target, draft):
         plain = target.generate(IDS, max_new_tokens=12)
@@ -146,7 +150,7 @@ def consume(step, folder: Path) -> None:
     @step
     def revision():
         _, _, draft = FSPADDraftModel.load_pair("alice/draft", revision="wide")
-        return load("alice/draft", revision="wide"), draft.config.tree_depth
+        return load("alice/draft", revision="wide"), draft.speculation_config.tree_depth
 
     @step
     def no_token():
@@ -237,7 +241,7 @@ def offline(step, folder: Path) -> None:
     @step
     def commands():
         models = loading.load_models(draft="alice/draft", device="cpu", dtype="float32")
-        return models.target_name, models.target.name_or_path, models.draft.config.tree_depth
+        return models.target_name, models.target.name_or_path, models.draft.speculation_config.tree_depth
 
     step(lambda: FSPADDraftModel.load_pair("alice/nobody"), "missing")
 

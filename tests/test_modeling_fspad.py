@@ -65,7 +65,7 @@ def test_shape_follows_the_target():
     opt = OPTForCausalLM(OPTConfig(vocab_size=64, hidden_size=32, word_embed_proj_dim=16, num_hidden_layers=1,
                                    num_attention_heads=4, ffn_dim=32, max_position_embeddings=64))  # fmt: skip
     assert fresh_draft(opt).config.hidden_size == 16  # the head's input, not config.hidden_size
-    assert fresh_draft(opt, tree_depth=3, fc_bias=False).config.tree_depth == 3
+    assert fresh_draft(opt, tree_depth=3, fc_bias=False).speculation_config.tree_depth == 3
     with pytest.raises(ValueError, match=r"\['tree_dept'\] are not fields"):
         fresh_draft(opt, tree_dept=3)
 
@@ -104,7 +104,8 @@ t, d = {str(saved / "target")!r}, {str(saved / "draft")!r}
 a, b = fspad_hf.FSPADDraftModel.from_pretrained(d), AutoModelForCausalLM.from_pretrained(d)
 assert type(a) is type(b) is fspad_hf.FSPADDraftModel and not a.training
 assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
-assert (a.config.tree_depth, a.config.tree_top_k, a.config.tree_total_nodes) == (4, 5, 17)
+tree = a.speculation_config
+assert (tree.tree_depth, tree.tree_top_k, tree.tree_total_nodes) == (4, 5, 17)
 assert a.config.target_name_or_path == t
 model = AutoModelForCausalLM.from_pretrained(t)
 ids = torch.tensor([[5, 9, 20, 33]])
@@ -182,12 +183,11 @@ for do_sample in (True, False):
         target, tokenizer, draft = FSPADDraftModel.load_pair(saved / "draft", attn_implementation="eager")
         assert target.name_or_path == str(saved / "target") and tokenizer.decode([20]) == "r"
         assert target.config._attn_implementation == "eager" and target.dtype == draft.dtype == torch.float32
-        config = FSPADConfig.from_pretrained(saved / "draft", tree_depth=3)
         tiny.build("llama", dtype=torch.bfloat16).save_pretrained(saved / "other")
         tokenizer.save_pretrained(saved / "other")
-        target, _, draft = FSPADDraftModel.load_pair(saved / "draft", target=saved / "other", config=config)
+        target, _, draft = FSPADDraftModel.load_pair(saved / "draft", target=saved / "other")
         assert target.name_or_path == str(saved / "other") and target.dtype == draft.dtype == torch.bfloat16
-        assert draft.config.tree_depth == 3 and not draft.training
+        assert not draft.training
         with pytest.raises(ValueError, match="is a 'llama' model: expected an FSPAD draft"):
             FSPADDraftModel.from_pretrained(saved / "target")
         edit_config(saved / "draft", target_name_or_path=None)
@@ -215,22 +215,14 @@ for do_sample in (True, False):
 class TestConfig:
     def test_defaults(self):
         config = FSPADConfig()
-        assert (config.tree_depth, config.tree_top_k, config.tree_total_nodes) == (6, 10, 59)
-        assert config.feature_sampling and config.partial_alignment and config.coupled_drafting
+        assert config.feature_sampling and config.partial_alignment and config.draft_vocab_size is None
 
     @pytest.mark.parametrize(
         ("fields", "words"),
         [
-            ({"tree_depth": 0}, "tree_depth=0"),
-            ({"tree_top_k": -1}, "tree_top_k=-1"),
-            ({"tree_depth": 2, "tree_top_k": 2, "tree_total_nodes": 7}, "more than the 6 nodes"),
-            ({"coupling_kappa": 0}, "coupling_kappa=0"),
-            ({"coupling_sharpness": float("inf")}, "coupling_sharpness=inf"),
             ({"num_attention_heads": 6, "num_key_value_heads": 4}, "num_attention_heads=6"),
             ({"head_dim": 7}, "head_dim=7"),
-            ({"draft_vocab_size": 9, "tree_top_k": 10}, "tree_top_k=10"),
             ({"draft_vocab_size": 32001}, "draft_vocab_size=32001"),
-            ({"tree_depth": "six"}, "tree_depth"),
             ({"weights_sha256": "abc"}, "weights_sha256='abc' is no sha256"),
         ],
     )

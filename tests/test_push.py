@@ -187,7 +187,7 @@ class TestBeforeTheHubIsAsked:
 class TestPush:
     def test_settings_go_along(self, folder, local_hub):
         draft = FSPADDraftModel.from_pretrained(folder)
-        draft.config.tree_depth, draft.config.coupled_drafting = 3, False
+        draft.speculation_config.tree_depth, draft.speculation_config.coupled_drafting = 3, False
         draft.push_to_hub("alice/x")
         (folder / "generation_config.json").write_text('{"temperature": 0.6}')
         hub.push_folder(folder, "alice/y")

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from transformers import LogitsProcessor
 
-from ..configuration_fspad import FSPADConfig
 from ..generation import rounds
 from ..generation.candidate_generator import FSPADCandidateGenerator
 from ..generation.tree import CandidateTree
+from ..speculation_config import SpeculationConfig
 from .instrument import replaced
 
 CERTAIN = 1e30  # a score beside which every other has probability 0; infinity would make NaN of the softmax
@@ -48,13 +48,13 @@ def total_tokens(tau: float, rounds: int) -> int:
     return math.floor(tau * rounds + 0.5)
 
 
-def check_tau(tau: float, config: FSPADConfig) -> None:
-    """`ValueError` if no tree of `config` can give rounds of `tau` tokens on average."""
-    most = 1 + min(config.tree_depth, config.tree_total_nodes)
+def check_tau(tau: float, settings: SpeculationConfig) -> None:
+    """`ValueError` if no tree of `settings` (resolved) can give rounds of `tau` tokens on average."""
+    most = 1 + min(settings.tree_depth, settings.tree_total_nodes)
     if not 1 <= tau <= most:
         raise ValueError(
-            f"tau={tau!r} cannot be had from trees of depth {config.tree_depth} and {config.tree_total_nodes} nodes: "
-            f"expected 1 to {most}, the bonus token included; lower tau, or grow deeper trees (--tree-depth)."
+            f"tau={tau!r} cannot be had from trees of depth {settings.tree_depth} and {settings.tree_total_nodes} "
+            f"nodes: expected 1 to {most}, the bonus token included; lower tau, or grow deeper trees (--tree-depth)."
         )
 
 
@@ -88,7 +88,7 @@ def forced(tau: float, excluded: Callable[[], AbstractContextManager] = nullcont
         confidences, tokens = children(generator, *args)
         if threading.get_ident() != thread:
             return confidences, tokens
-        return _confidences(confidences, generator.config.tree_depth), tokens
+        return _confidences(confidences, generator.settings.tree_depth), tokens
 
     with (
         replaced(rounds, "walk", planned_walk),

@@ -1,22 +1,22 @@
 """`fspad-hf profile`: where a speculation round's time goes, and how far that is from what the machine could do."""
 
 import copy
+import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..configuration_fspad import FSPADConfig
 from ..generation import capturing
 from ..generation.cache import ArenaCache
 from ..generation.probe import probe
 from ..generation.tree import CandidateTree
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
+from ..speculation_config import SpeculationConfig
 from .bench import WARM_UP_TOKENS, reason
 from .forcing import check_tau, forced
 from .instrument import EXCLUDED, PARTS, Round, RoundClock, device_busy, instrumented
@@ -27,7 +27,7 @@ FSPAD, GRAPH = "FSPAD eager", "FSPAD graph"
 PEERS = ("compile", "prompt-lookup")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class ProfileSettings:
     """
     What is measured, and how often.
@@ -49,8 +49,8 @@ class ProfileSettings:
     seed: int = 0
     tau: float | None = None
 
-    def check(self, config: FSPADConfig) -> None:
-        """`ValueError` if these settings measure nothing with a draft of `config`."""
+    def check(self, speculation: SpeculationConfig) -> None:
+        """`ValueError` if these settings measure nothing with a draft that speculates so."""
         for name, known in (("modes", tuple(MODES)), ("methods", PEERS)):
             value = getattr(self, name)
             if set(value) - set(known) or len(set(value)) < len(value) or (name == "modes" and not value):
@@ -60,13 +60,14 @@ class ProfileSettings:
         if not self.rows or min(self.rows) < 1 or len(set(self.rows)) < len(self.rows):
             raise ValueError(f"rows={list(self.rows)}: expected numbers of 1 or more, each once.")
         if self.tau is not None:
-            check_tau(self.tau, config)
+            check_tau(self.tau, speculation)
         # the first round reads the prompt, the last ones' trees are cut short: neither is counted
-        least = 2 * config.tree_depth + 3
+        least = 2 * speculation.tree_depth + 3
         if self.max_new_tokens < least:
             raise ValueError(
-                f"{self.max_new_tokens} new tokens hold no round of a full tree: with tree_depth={config.tree_depth} "
-                f"expected {least} or more; raise --max-new-tokens (with --shape, --rounds)."
+                f"{self.max_new_tokens} new tokens hold no round of a full tree: with "
+                f"tree_depth={speculation.tree_depth} expected {least} or more; raise --max-new-tokens (with --shape, "
+                "--rounds)."
             )
 
 
@@ -76,7 +77,9 @@ class ForcedMethod(Method):
     def __init__(self, name: str, draft: FSPADDraftModel, tau: float, clock: RoundClock | None = None):
         super().__init__(name, {"assistant_model": draft})
         self.tau, self.clock = tau, clock
-        self.captured = draft.config.cuda_graphs  # a processor of ours would take the walk out of the graph
+        self.captured = (
+            draft.speculation_config.cuda_graphs
+        )  # a processor of ours would take the walk out of the graph
 
     def answer(self, *args, **kwargs) -> Answer:
         excluded = nullcontext if self.clock is None else lambda: self.clock.inside(EXCLUDED)
@@ -86,15 +89,14 @@ class ForcedMethod(Method):
 
 
 def fspad_method(draft: FSPADDraftModel, tau: float | None, clock: RoundClock | None = None) -> Method:
-    name = GRAPH if draft.config.cuda_graphs else FSPAD
+    name = GRAPH if draft.speculation_config.cuda_graphs else FSPAD
     return Method(name, {"assistant_model": draft}) if tau is None else ForcedMethod(name, draft, tau, clock)
 
 
 def variant(draft: FSPADDraftModel, cuda_graphs: bool) -> FSPADDraftModel:
     """The same draft, on the same weights, with and without graphs."""
     other = copy.copy(draft)
-    other.config = copy.deepcopy(draft.config)
-    other.config.cuda_graphs = cuda_graphs
+    other.speculation_config = dataclasses.replace(draft.speculation_config, cuda_graphs=cuda_graphs)
     return other
 
 

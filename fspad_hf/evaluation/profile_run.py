@@ -10,10 +10,10 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..demo_target import released_draft
-from ..loading import encode_chat, load_models, tree_changes
+from ..loading import encode_chat, load_models, tree_settings
 from ..modeling_fspad import config_for_target
-from ..pretrained import draft_config
 from ..runtime import quiet_transformers, resolve_device, resolve_dtype, status, writable_file, write_json
+from ..speculation_config import FIELDS, SpeculationConfig
 from .bench import describe_machine
 from .forcing import total_tokens
 from .profile import PEERS, ProfileSettings, profile
@@ -79,15 +79,21 @@ def run_profile(
 def _pair(target, draft, device, dtype, prompts, context, place, trees, common):
     """What to measure of a target and a draft that exist, after the checks that need no weights."""
     settings = ProfileSettings(**common)
-    settings.check(draft_config(draft or str(released_draft()), tree_changes(place, **trees)))
+    saved = SpeculationConfig.from_pretrained(draft or str(released_draft()))
+    settings.check(saved.update(tree="fixed", **tree_settings(**trees)).resolved(place))
     texts = prompts or PROMPTS
     if not all(text.strip() for text in texts) or (context is not None and context < 1):
         raise ValueError(f"prompts={list(texts)!r}, context={context}: expected texts that say something, and tokens.")
-    models = load_models(target, draft, device, dtype, **trees)
+    models = load_models(target, draft, device, dtype, **{"tree": "fixed", **trees})
     inputs = [encode_chat(models.tokenizer, [{"role": "user", "content": text}], place) for text in texts]
     if context is not None:
         inputs = [lengthen(one, context) for one in inputs]
-    _check_room(models.target, max(one["input_ids"].shape[1] for one in inputs), settings, models.draft.config)
+    _check_room(
+        models.target,
+        max(one["input_ids"].shape[1] for one in inputs),
+        settings,
+        models.draft.speculation_settings(place),
+    )
     return models.target, models.draft, inputs, settings, models.target_name, models.draft_name
 
 
@@ -104,7 +110,7 @@ def _shape(shape, tau, rounds, context, draft_vocab_size, place, precision, tree
         raise ValueError("methods=['prompt-lookup'] finds nothing in what random weights write: leave it out.")
     config = shape_config(shape)
     settings = ProfileSettings(**common, tau=tau, max_new_tokens=1 + total_tokens(tau, rounds))
-    options = tree_changes(place, **trees) | {"draft_vocab_size": draft_vocab_size}
+    options = {"tree": "fixed"} | tree_settings(**trees) | {"draft_vocab_size": draft_vocab_size}
     options = {name: value for name, value in options.items() if value is not None}
     with status(f"Making random weights of {shape}"):
         target = random_target(config, place, precision, lambda meta: _check_shape(meta, options, context, settings))
@@ -117,22 +123,23 @@ def _shape(shape, tau, rounds, context, draft_vocab_size, place, precision, tree
 
 def _check_shape(meta, options, context, settings):
     try:
-        config = config_for_target(meta, **options)
+        config_for_target(meta, **{name: value for name, value in options.items() if name not in FIELDS})
     except StrictDataclassError as error:  # which is no ValueError, and says the same at greater length
         raise ValueError(str(error.__cause__ or error)) from error
-    settings.check(config)
-    _check_room(meta, context, settings, config)
+    trees = SpeculationConfig(**{name: value for name, value in options.items() if name in FIELDS}).resolved()
+    settings.check(trees)
+    _check_room(meta, context, settings, trees)
 
 
-def _check_room(target, prompt: int, settings: ProfileSettings, config) -> None:
+def _check_room(target, prompt: int, settings: ProfileSettings, speculation: SpeculationConfig) -> None:
     """Prompt, answer and a last tree must fit the target's positions, so that no tree is cut short by their end."""
     table = getattr(target.config.get_text_config(), "max_position_embeddings", None)
-    needed = prompt + settings.max_new_tokens + config.tree_depth
+    needed = prompt + settings.max_new_tokens + speculation.tree_depth
     if table is not None and needed > table:
         raise ValueError(
-            f"A prompt of {prompt} tokens, {settings.max_new_tokens} new ones and {config.tree_depth} tree levels "
-            f"are more than the {table} positions of {type(target).__name__}: lower --context or --max-new-tokens "
-            "(with --shape, --rounds or --tau)."
+            f"A prompt of {prompt} tokens, {settings.max_new_tokens} new ones and {speculation.tree_depth} tree "
+            f"levels are more than the {table} positions of {type(target).__name__}: lower --context or "
+            "--max-new-tokens (with --shape, --rounds or --tau)."
         )
 
 

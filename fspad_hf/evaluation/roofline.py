@@ -45,7 +45,7 @@ def weight_traffic(target: PreTrainedModel, draft: FSPADDraftModel) -> Traffic:
         target=sum(weight.nbytes for weight in target.parameters() if id(weight) not in gathered),
         draft=sum(weight.nbytes for weight in draft.parameters()),
         head=round(share * sum(read.values())),
-        depth=draft.config.tree_depth,
+        depth=draft.speculation_settings(draft.device).tree_depth,
     )
 
 

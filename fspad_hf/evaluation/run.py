@@ -17,6 +17,7 @@ from ..generation.tree import TreeShape
 from ..loading import Models, load_draft, load_models
 from ..pretrained import draft_config
 from ..runtime import is_exact, quiet_transformers, status, write_json
+from ..speculation_config import SpeculationConfig
 from .bench import Bench, BenchConfig, RecordFile, describe_machine
 from .peers import METHOD_NAMES, MODES, load_assistant, make_methods
 from .report import MODE_TITLES, results_table, write_report
@@ -93,7 +94,7 @@ def run_bench(
         max_new_tokens=max_new_tokens, seed=seed, device=str(models.target.device),
         dtype=str(models.target.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
         raw_prompts=raw_prompts,
-        trees={name: tree_settings(draft.config) for name, draft in loaded.items()},
+        trees={name: tree_settings(draft.speculation_settings(draft.device)) for name, draft in loaded.items()},
     )  # fmt: skip
     file = RecordFile(folder, config)
     try:
@@ -198,13 +199,13 @@ def verdict(figures: dict, names: Sequence[str], exact: bool) -> str:
     return f"{line}, {beyond} by more than rounding explains: NOT LOSSLESS." if beyond else f"{line}."
 
 
-def tree_settings(config) -> list[int | str]:
+def tree_settings(settings: SpeculationConfig) -> list[int | str]:
     """
-    Depth, top-k and nodes of a draft's trees; "lookup" and its tokens where text is looked up, "auto" where trees are
-    chosen, "prepacked" if the weights are.
+    Depth, top-k and nodes of a draft's trees; "lookup" and its tokens where text is looked up, "auto" where these are
+    the most, and each round has its own.
     """
-    depth, top_k, nodes, lookup = TreeShape.of(config)
-    words = {f"lookup {lookup}": lookup, "auto": config.tree == "auto", "prepacked": config.prepack_linears}
+    depth, top_k, nodes, lookup = TreeShape.of(settings)
+    words = {f"lookup {lookup}": lookup, "auto": settings.tree == "auto"}
     return [depth, top_k, nodes, *(word for word, holds in words.items() if holds)]
 
 

@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 from transformers.initialization import no_init_weights
 
 from ..modeling_fspad import FSPADDraftModel, config_for_target
+from ..speculation_config import FIELDS
 
 STD = 0.02
 SHAPES = {
@@ -91,7 +92,11 @@ def random_target(
 
 
 def random_draft(target: PreTrainedModel, **overrides) -> FSPADDraftModel:
-    """An untrained draft for `target`, made on its device; `overrides` are fields of `FSPADConfig`."""
+    """
+    An untrained draft for `target`, made on its device; `overrides` are fields of [`FSPADConfig`] or
+    [`SpeculationConfig`].
+    """
+    settings = {name: overrides.pop(name) for name in FIELDS if name in overrides}
     config = config_for_target(target, **overrides)
     config.dtype = target.dtype
     default = torch.get_default_dtype()
@@ -102,6 +107,7 @@ def random_draft(target: PreTrainedModel, **overrides) -> FSPADDraftModel:
     finally:
         torch.set_default_dtype(default)
     _fill(draft)
+    draft.speculation_config.update(**settings)
     return draft.eval()
 
 

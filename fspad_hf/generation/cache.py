@@ -1,5 +1,7 @@
 """The key-value arena: one buffer for many layers, from which a tree's rejected nodes are dropped in place."""
 
+import weakref
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
@@ -10,10 +12,15 @@ class ArenaLayer(CacheLayerMixin):
     """One layer's view, `[batch, heads, capacity, head_dim]`, of an arena's buffers."""
 
     is_sliding = False  # windows are the mask's business: every layer stores every position
+    window: int | None = None
 
     def __init__(self, arena: "ArenaCache"):
         super().__init__()
-        self.arena = arena
+        self._arena = weakref.ref(arena)  # not a cycle: what a call has used is gone with it, collector or not
+
+    @property
+    def arena(self) -> "ArenaCache":
+        return self._arena()
 
     def update(self, key_states, value_states, *args, **kwargs):
         if self.arena.is_fixed:
@@ -29,6 +36,17 @@ class ArenaLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states, value_states):
         self.arena.reserve(self, key_states, value_states, self.arena.length + key_states.shape[-2])
+
+    def is_broken(self) -> bool:
+        """Whether something in the window is not a number."""
+        used = slice(max(self.arena.length + 1 - self.window, 0), self.arena.length)
+        return not all(bool(part[..., used, :].isfinite().all()) for part in (self.keys, self.values))
+
+    def forget(self) -> None:
+        """Leaves nothing of what is no longer in the window of the next token."""
+        gone = slice(0, max(self.arena.length + 1 - self.window, 0))
+        self.keys[..., gone, :] = 0
+        self.values[..., gone, :] = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.arena.width(query_length), 0
@@ -59,6 +77,7 @@ class ArenaCache(Cache):
         self.least_capacity = capacity
         self._groups: list[list[ArenaLayer]] = []
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._broken: list[ArenaLayer] = []
         super().__init__(layers=[ArenaLayer(self) for _ in range(num_layers)])
 
     @classmethod
@@ -88,6 +107,22 @@ class ArenaCache(Cache):
                 start = self.length - layer.keys.shape[-2]
                 mine.keys[..., start : self.length, :] = layer.keys
                 mine.values[..., start : self.length, :] = layer.values
+                mine.window = getattr(layer, "sliding_window", None)
+
+    def watch_padding(self) -> None:
+        """See [`is_broken`]."""
+        self._broken = [layer for layer in self.layers if layer.is_initialized and layer.window]
+
+    @property
+    def is_broken(self) -> bool:
+        """
+        Whether a sliding layer's window holds a key or value that is not a number, as padding may leave them. A mask
+        does not hide these, for 0 times NaN is NaN; plain decoding is rid of them once they leave the window.
+        """
+        for layer in self._broken:
+            layer.forget()
+        self._broken = [layer for layer in self._broken if layer.is_broken()]
+        return bool(self._broken)
 
     @property
     def length(self) -> int | torch.LongTensor:

@@ -17,8 +17,9 @@ from transformers.generation import (
 )
 
 from ..modeling_fspad import FSPADDraftModel, FSPADDraftOutput
+from ..speculation_config import SpeculationConfig
 from .cache import ArenaCache
-from .prepacked import packed_weights
+from .remembered import Remembered
 from .target import Target
 from .tree import CandidateTree, TreeShape, prune
 from .twin import twin
@@ -29,6 +30,7 @@ STATIC_WARPERS = (
     TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper,
     TypicalLogitsWarper, EpsilonLogitsWarper, EtaLogitsWarper,
 )  # fmt: skip
+LARGE = 1e30
 
 
 class FSPADCandidateGenerator(CandidateGenerator):
@@ -37,10 +39,11 @@ class FSPADCandidateGenerator(CandidateGenerator):
     contract, as the tree's most confident chain ([`~FSPADCandidateGenerator.get_candidates`]).
 
     Args:
-        draft: the draft; a copy is cast to the features' dtype and device for this call if it differs.
+        draft: the draft; if its dtype or device is not the features', a copy that is.
         target: the call's view of the target.
         logits_processor: the call's processors, of which the static warpers shape coupled drafting.
         noise: the coming draws; `None` drafts uncoupled.
+        settings: resolved; by default the draft's.
     """
 
     requires_model_outputs = True
@@ -52,14 +55,15 @@ class FSPADCandidateGenerator(CandidateGenerator):
         target: Target,
         logits_processor: LogitsProcessorList | None = None,
         noise: NoiseQueue | None = None,
+        settings: SpeculationConfig | None = None,
     ):
-        self.config = draft.config
+        self.settings = settings or draft.speculation_settings(target.device)
         self.target = target
         self.draft = draft
         self.warpers = LogitsProcessorList(p for p in logits_processor or () if type(p) in STATIC_WARPERS)
-        self.noise = noise if draft.config.coupled_drafting else None
+        self.noise = noise if self.settings.coupled_drafting else None
         self.cache = ArenaCache(num_layers=1)
-        self._network: FSPADDraftModel | None = None  # what runs: the draft, or its twin with prepacked weights
+        self._network: FSPADDraftModel | None = None  # what runs: the twin of the draft
         self._logit_feature = self._feature = None  # [1, 1, hidden]: o_logit and o_feature of the root
 
     @torch.no_grad()
@@ -80,8 +84,8 @@ class FSPADCandidateGenerator(CandidateGenerator):
             The draft's outputs of these pairs.
         """
         if self._network is None:
-            self.draft = _matched(self.draft, features)
-            self._network = twin(self.draft, packed_weights(self.draft)) if self.config.prepack_linears else self.draft
+            self.draft = matched(self.draft, features)
+            self._network = twin(self.draft)
         new, start, device = tokens.shape[1], self.cache.length, self.draft.device
         places = torch.arange(new, device=device) + start
         mask = None
@@ -165,7 +169,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         start = self.cache.length
         new = input_ids.shape[1] - 1 - start
         self.accept(model_outputs.hidden_states[-1][:, :new], input_ids[:, start + 1 :])
-        tree = self.grow(input_ids[:, -1:], TreeShape.of(self.config))
+        tree = self.grow(input_ids[:, -1:], TreeShape.of(self.settings))
         path, node = [], 0
         first_child = {}
         for child, parent in enumerate(tree.parents[0].tolist()[1:], start=1):
@@ -199,10 +203,11 @@ class FSPADCandidateGenerator(CandidateGenerator):
         ids = self.draft.draft_vocab_ids
         scores = self.target.draft_logits(logit_features, ids).float().to(self.draft.device)
         if rows is not None:
-            flat = self.warpers(None, scores[0]) if self.warpers else scores[0]
+            # finite, for some warpers refuse what is not, and a draft may be wrong in any way
+            flat = self.warpers(None, scores[0].nan_to_num(-LARGE, LARGE, -LARGE)) if self.warpers else scores[0]
             noise = rows[depth].to(scores.device)
             log_noise = (noise if ids is None else noise[..., ids]).clamp(min=torch.finfo(torch.float32).tiny).log()
-            scores = (self.config.coupling_kappa * (self.config.coupling_sharpness * flat - log_noise))[None]
+            scores = (self.settings.coupling_kappa * (self.settings.coupling_sharpness * flat - log_noise))[None]
         values, tokens = scores.log_softmax(-1).topk(k, dim=-1)
         return values, tokens if ids is None else ids[tokens]
 
@@ -213,8 +218,17 @@ def additive_mask(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor
     return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
 
 
-def _matched(draft: FSPADDraftModel, like: torch.Tensor) -> FSPADDraftModel:
-    """The draft in the dtype and on the device of `like`: itself, or a copy that lives as long as the call."""
+_copies = Remembered()
+
+
+def matched(draft: FSPADDraftModel, like: torch.Tensor) -> FSPADDraftModel:
+    """The draft in the dtype and on the device of `like`: itself, or a copy that is kept until its weights change."""
     if draft.dtype == like.dtype and draft.device == like.device:
         return draft
-    return copy.deepcopy(draft).to(device=like.device, dtype=like.dtype)
+    weights = [*draft.parameters(), *draft.buffers()]
+    version = tuple((weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights)
+    known = _copies.of(draft)
+    if known.get((like.dtype, like.device), (None, None))[0] != version:
+        made = copy.deepcopy(draft).to(device=like.device, dtype=like.dtype)
+        known[like.dtype, like.device] = version, made
+    return known[like.dtype, like.device][1]

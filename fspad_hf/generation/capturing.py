@@ -125,7 +125,14 @@ def pair_key(model: PreTrainedModel, draft: FSPADDraftModel) -> tuple:
         torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
     )  # fmt: skip
-    return addresses(model, draft), plain, configs, attention, switches, TreeShape.of(draft.config)
+    return (
+        addresses(model, draft),
+        plain,
+        configs,
+        attention,
+        switches,
+        TreeShape.of(draft.speculation_settings(model.device)),
+    )
 
 
 def addresses(*models: torch.nn.Module) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from .candidate_generator import FSPADCandidateGenerator
+from .costs import costs_of
 from .graphs import make_rounds
 from .probe import probe
 from .tuning import trees_of
@@ -66,7 +67,7 @@ def tree_decoding(
         input_ids (`[1, prompt]`): the prompt; `model_kwargs` are as `generate` prepares them.
     """
     found = probe(model)
-    target = found.view(model, draft.config.prepack_linears)
+    target = found.view(model)
     noise = None
     if generation_config.do_sample:
         noise = NoiseQueue(input_ids.device, target.text_config.vocab_size)
@@ -76,7 +77,6 @@ def tree_decoding(
 
     with ExitStack() as stack:
         stack.enter_context(target.listening())
-        stack.enter_context(model._optimize_model_for_decode())
         outputs, features = target.prefill(input_ids, generation_config, model_kwargs)
         prefill_cache = outputs[CACHE]
         emitter.emit(outputs.logits[:, -1])
@@ -86,12 +86,14 @@ def tree_decoding(
             on_round = getattr(streamer, "on_round", None)
             rounds = make_rounds(target, generator, emitter, prefill_cache, features, prompt, offset, on_round)
             stack.callback(rounds.close)
-            trees = trees_of(target, draft)
+            costs = costs_of(target, draft, rounds.captured) if generator.settings.tree == "auto" else None
+            trees = trees_of(generator.settings, costs)
 
         while not emitter.finished:
-            shape = rounds.limit(trees.choose(), generation_config.max_length)
-            tree, path, chain = rounds.run(shape)
-            trees.observe(tree, path, chain)
+            found = rounds.lookup.continuation(generator.settings.tree_lookup_tokens)
+            shape = rounds.limit(trees.choose(found), generation_config.max_length)
+            tree, path = rounds.run(shape, found.tokens[: shape.lookup], costs)
+            trees.observe(tree, path, found, emitter.emitted[-len(path) :])
             record.accepted_lengths.append(len(path))
 
     if streamer is not None:

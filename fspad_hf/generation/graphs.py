@@ -77,6 +77,8 @@ class GraphRounds(Rounds):
         key: of the pair, see [`pair_key`].
     """
 
+    captured = True
+
     def __init__(self, *args, pool: WorkspacePool, key: tuple, **kwargs):
         self.pool, self.key, self.workspace, self.plan = pool, key, None, None
         super().__init__(*args, **kwargs)
@@ -90,8 +92,8 @@ class GraphRounds(Rounds):
         self.is_cut = False  # the shape wanted is too deep here
 
     def make_arena(self) -> ArenaCache:
-        config, length = self.generator.config, self.cache.get_seq_length()
-        capacity = self._bucket(length, TreeShape.of(config))
+        settings, length = self.generator.settings, self.cache.get_seq_length()
+        capacity = self._bucket(length, TreeShape.of(settings))
         found = self.pool.take(self.key, capacity, self.target.model)
         if found is None:
             found = self._workspace(ArenaCache.from_dynamic(self.cache, capacity))
@@ -121,13 +123,13 @@ class GraphRounds(Rounds):
     def _plan(self, shape: TreeShape) -> Plan | None:
         if self.is_watched and addresses(self.target.model, self.generator.draft) != self.addresses:
             return None
-        noise, config = self.emitter.noise, self.generator.config
+        noise, settings = self.emitter.noise, self.generator.settings
         rows = noise.peek(1 + max(shape.depth, shape.lookup)) if noise is not None else None
         if rows is not None:
             self.workspace.noise[: len(rows)] = rows
         ahead = self.can_walk and (noise is None or rows is not None)
         sampled, warpers = noise is not None, settings_of(self.generator.warpers)
-        frozen = sampled, config.coupling_kappa, config.coupling_sharpness, warpers
+        frozen = sampled, settings.coupling_kappa, settings.coupling_sharpness, warpers
         plan = Plan(shape, rows is not None and self.generator.noise is not None, ahead, frozen)
         self.target._head_rows = self.workspace.head_rows
         return None if (self.key, plan.kind) in self.pool.refused else plan
@@ -236,8 +238,6 @@ class GraphRounds(Rounds):
                 self._rehearse(name, step)
                 with self._fixed():
                     captured = capture(step, self.target.device, self.workspace.memory)
-            except torch.OutOfMemoryError:
-                raise
             except (RuntimeError, NotImplementedError) as error:
                 self._refuse(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
                 return None
@@ -273,7 +273,7 @@ class GraphRounds(Rounds):
 
     def _bucket(self, length: int, shape: TreeShape) -> int:
         """The capacity for a round behind `length` tokens: no more than twice of what it needs."""
-        read = 1 + _longest(self.generator.config)
+        read = 1 + _longest(self.generator.settings)
         needed = length + max(read + max(shape.depth - 1, 0) * shape.top_k, shape.rows) + 1
         return max(SMALLEST_BUCKET, 1 << (needed - 1).bit_length())
 
@@ -290,13 +290,14 @@ class GraphRounds(Rounds):
         self.pool.put(small, self.target.model)
 
     def _workspace(self, arena: ArenaCache) -> Workspace:
-        draft, config, device = self.generator.draft, self.generator.config, self.target.device
+        draft, settings, device = self.generator.draft, self.generator.settings, self.target.device
+        config = draft.config
         cache = ArenaCache(1, arena.capacity)
         nothing = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim, dtype=draft.dtype, device=device)
         cache.layers[0].lazy_initialization(nothing, nothing)
         vocab_size = self.target.text_config.vocab_size
         return Workspace(
-            self.key, arena, cache, _longest(config), config.tree_lookup_tokens, config.hidden_size, vocab_size,
+            self.key, arena, cache, _longest(settings), settings.tree_lookup_tokens, config.hidden_size, vocab_size,
             draft.dtype, device,
         )  # fmt: skip
 
@@ -322,9 +323,9 @@ def make_rounds(
     features: torch.Tensor,
     *args,
 ) -> Rounds:
-    """The rounds of a call: captured, if the draft's configuration wants it and they can be."""
+    """The rounds of a call: captured, if the settings want it and they can be."""
     draft = generator.draft
-    if not draft.config.cuda_graphs:
+    if not generator.settings.cuda_graphs:
         return Rounds(target, generator, emitter, cache, features, *args)
     reason = why_no_graphs(target, draft, features.dtype)
     if reason is not None:
@@ -334,9 +335,9 @@ def make_rounds(
     return GraphRounds(target, generator, emitter, cache, features, *args, pool=pool, key=key)
 
 
-def _longest(config) -> int:
+def _longest(settings) -> int:
     """The most nodes below the root that a path can have, and rows of noise beside the first that a round reads."""
-    return max(config.tree_depth, config.tree_lookup_tokens)
+    return max(settings.tree_depth, settings.tree_lookup_tokens)
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:

@@ -95,14 +95,12 @@ def check_pair(target: PreTrainedModel, draft: FSPADDraftModel):
     Raises before anything runs if the draft cannot belong to the target.
 
     Raises:
-        ValueError: a draft without weights (on `meta`), of another width or vocabulary, with other special tokens, or
-            with tree settings that make no tree.
+        ValueError: a draft without weights (on `meta`), of another width or vocabulary, or with other special tokens.
     """
     if draft.device.type == "meta":
         raise ValueError(
             "The draft is on the `meta` device and has no weights: load it with FSPADDraftModel.from_pretrained(...)."
         )
-    draft.config.validate_tree()
     text, width = target.config.get_text_config(), layer_width(target.get_output_embeddings())
     made_for = f"The draft (made for {draft.config.target_name_or_path!r}) does not fit {type(target).__name__}"
     remedy = "pass a draft trained for this target, or make one with FSPADDraftModel.from_target(target)."
@@ -136,7 +134,11 @@ def why_not(
     cache = model_kwargs.get(CACHE)
     unknown = sorted(k for k, v in model_kwargs.items() if k not in KNOWN_MODEL_KWARGS and v is not None and v != {})
     extras = any(getattr(generation_config, k) or model_kwargs.get(k) for k in EXTRA_OUTPUTS)
-    overridden = [k for k in HOST_LOOP if getattr(type(model), k) is not getattr(GenerationMixin, k)]
+    overridden = [
+        name
+        for name in HOST_LOOP
+        if getattr(type(model), name) is not getattr(GenerationMixin, name) or name in vars(model)
+    ]
     positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     layers = cache.layers if type(cache) is DynamicCache else []
     kinds = sorted({type(x).__name__ for x in layers if type(x) not in (DynamicLayer, DynamicSlidingWindowLayer)})

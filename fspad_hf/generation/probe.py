@@ -1,43 +1,53 @@
 """Can this model verify trees? Asked of the model itself, once, never of a list of names."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..host import CACHE
 from .cache import ArenaCache
+from .remembered import Remembered
 from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
 from .twin import can_have_twin
-from .verification import default_generator
 
 TOLERANCE = 0.2  # of what a causal mask in the tree's place would change
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """`reason` is `None` if the model can verify trees; else it completes "... because"."""
+    """
+    `reason` is `None` if the model can verify trees; else it completes "... because". It `lasts` unless it says more
+    about the moment than about the model.
+    """
 
     reason: str | None
     use_hook: bool = True
     logit_transform: str = "identity"
     use_twin: bool = False
+    lasts: bool = True
 
-    def view(self, model: PreTrainedModel, prepack: bool = False) -> Target:
+    def view(self, model: PreTrainedModel) -> Target:
         """The model, seen as the probe has found it."""
-        return Target(model, self.use_hook, self.logit_transform, prepack, self.use_twin)
+        return Target(model, self.use_hook, self.logit_transform, self.use_twin)
+
+
+_known = Remembered()
 
 
 @torch.no_grad()
 def probe(model: PreTrainedModel) -> ProbeResult:
     """
     Runs a fixed tree with siblings (0 -> {1, 2}, 2 -> 3) through the model, in its own dtype and attention, and
-    compares with the same paths run one by one.
+    compares with the same paths run one by one. Draws nothing.
 
-    The answer is kept on the model, per attention implementation, dtype, device, compilation, autocast and hooks.
+    The answer is remembered per attention implementation, dtype, device, compilation, autocast, hooks, and by what
+    the model's inputs are prepared.
     """
     key = (
         model.config.get_text_config()._attn_implementation,
@@ -46,26 +56,45 @@ def probe(model: PreTrainedModel) -> ProbeResult:
         is_compiled(model),
         torch.is_autocast_enabled(execution_device(model).type),
         foreign_hooks(model),
+        _own_preparation(model),
     )
-    known = model.__dict__.setdefault("_fspad_probe", {})
-    if key not in known:
-        generator = default_generator(execution_device(model))
-        state = generator.get_state() if generator is not None else None
-        known[key] = _probe(model)
-        if state is not None and not torch.equal(generator.get_state(), state):
-            generator.set_state(state)
-            known[key] = ProbeResult("its forward draws random numbers")
-    return known[key]
+    return _known.get(model, key, lambda: _probe(model), keep=lambda found: found.lasts)
+
+
+def _own_preparation(model: PreTrainedModel) -> tuple | None:
+    """What prepares this very model's inputs, if not its class: PEFT puts itself there, whatever its adapter is."""
+    function = vars(model).get("prepare_inputs_for_generation")
+    owner = getattr(function, "__self__", None)
+    adapter = getattr(owner, "active_peft_config", None)
+    return function and (getattr(function, "__func__", function), id(owner), getattr(adapter, "peft_type", None))
+
+
+class _Drew(Exception):
+    """A forward was about to draw a random number."""
+
+
+class _NoDraws(TorchDispatchMode):
+    """Stops this thread's forwards before they draw; other threads and the generator's state have no part in it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        # attention is tagged for its dropout, which is 0 in eval mode
+        if torch.Tag.nondeterministic_seeded in func.tags and "scaled_dot_product" not in func.name():
+            raise _Drew
+        return func(*args, **(kwargs or {}))
 
 
 def _probe(model: PreTrainedModel) -> ProbeResult:
     """By a twin if that works, or else by the model itself."""
-    twins = can_have_twin(model) and not is_compiled(model) and not foreign_hooks(model)
+    compiled = is_compiled(model)  # a compiler cannot be watched
+    twins = can_have_twin(model) and not compiled and not foreign_hooks(model)
     for use_twin in (True, False) if twins else (False,):
         try:
-            found = _tried(model, use_twin)
+            with nullcontext() if compiled else _NoDraws():
+                found = _tried(model, use_twin)
         except torch.OutOfMemoryError:
-            raise  # says nothing about the model
+            return ProbeResult("there is no memory for a trial tree", lasts=False)
+        except _Drew:
+            return ProbeResult("its forward draws random numbers")
         except Exception as error:
             message = str(error).strip() or "no message"
             found = ProbeResult(f"{type(error).__name__} on a trial tree: {message.splitlines()[0]}")

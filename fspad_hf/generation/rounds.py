@@ -11,10 +11,13 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import ArenaCache
 from .candidate_generator import FSPADCandidateGenerator
+from .costs import RoundCosts, Stopwatch
 from .lookup import PromptLookup
 from .target import Target
-from .tree import CandidateTree, TreeShape
+from .tree import PLAIN, CandidateTree, TreeShape
 from .verification import TokenEmitter, walk
+
+FEW = 16  # tokens that a draft reads beside growing a tree, and what it costs is still that of its levels
 
 
 class Rounds:
@@ -30,6 +33,8 @@ class Rounds:
         on_round: called before each round's first token with the tree.
     """
 
+    captured = False  # whether its steps are replayed
+
     def __init__(
         self,
         target: Target,
@@ -44,11 +49,13 @@ class Rounds:
         self.target, self.generator, self.emitter, self.on_round = target, generator, emitter, on_round
         self.cache, self.prompt, self.offset = cache, prompt, offset
         self.arena = self.make_arena()
+        if not prompt.all():
+            self.arena.watch_padding()
         shown = prompt[0].cpu().nonzero()[:, 0]
         # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
         text = emitter.input_ids.cpu()
         self.unread = [(features[:, shown.to(features.device)], text[:, shown + 1])]
-        self.lookup = PromptLookup(text[0, shown].tolist() + emitter.emitted)
+        self.lookup = PromptLookup(text[0, shown].tolist() + emitter.emitted, emitter.ends)
 
     def make_arena(self) -> ArenaCache:
         return ArenaCache.from_dynamic(self.cache)
@@ -59,22 +66,38 @@ class Rounds:
 
     def limit(self, shape: TreeShape, max_length: int) -> TreeShape:
         """`shape`, no deeper than may be here."""
+        if self.arena.is_broken:
+            return PLAIN
         here = self.emitter.length, self.offset, max_length, self.target.text_config
         return shape._replace(depth=depth_limit(shape.depth, *here), lookup=depth_limit(shape.lookup, *here))
 
-    def run(self, shape: TreeShape) -> tuple[CandidateTree, list[int], list[int]]:
+    def run(
+        self, shape: TreeShape, chain: Sequence[int] = (), costs: RoundCosts | None = None
+    ) -> tuple[CandidateTree, list[int]]:
         """
         Emits a round's tokens.
 
+        Args:
+            chain: tokens looked up, no more than the shape wants.
+            costs: learns what the round has cost.
+
         Returns:
-            The tree, the path walked (the nodes at which a token was drawn, the root first) and the tokens looked up.
+            The tree and the path walked (the nodes at which a token was drawn, the root first).
         """
+        watch = None if costs is None else Stopwatch(self.target.device)
         self.begin(shape)
+        new = 0
         if shape.depth:
+            new = sum(tokens.shape[1] for _, tokens in self.unread)
             self.accept()
-        chain = self.lookup.continuation(shape.lookup)
         tree = self.grow(shape, chain)
+        if costs is not None and 0 < new <= FEW:
+            costs.add_draft(shape.depth, watch.read())
+        elif costs is not None:
+            watch.read()
         logits, features, ahead = self.verify(tree)
+        if costs is not None:
+            costs.add_forward(len(tree), watch.read())
         if self.on_round is not None:
             self.on_round(tree.clone().trimmed())
         path: list[int] = []
@@ -83,7 +106,7 @@ class Rounds:
         finally:
             self.keep(path, features)
         self.lookup.extend(self.emitter.emitted[-len(path) :])
-        return tree, path, chain
+        return tree, path
 
     def begin(self, shape: TreeShape):
         """Makes ready for a round with such a tree."""

@@ -11,8 +11,8 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from ..host import CACHE
 from .cache import ArenaCache
+from .few_rows import few_rows_product, has_choice
 from .grouped import folded_config
-from .prepacked import PackedWeight, can_pack, packed_weights, product
 from .tree import CandidateTree
 from .twin import twin
 
@@ -31,8 +31,7 @@ class Target:
         model: the target.
         use_hook: as found by the probe.
         logit_transform: name of a function in [`LOGIT_TRANSFORMS`], as found by the probe.
-        prepack: verify on prepacked weights, see [`prepacked`].
-        use_twin: verify by a [`twin`], as found by the probe; it has the prepacked weights, and folds groups of heads.
+        use_twin: verify by a [`twin`], as found by the probe.
     """
 
     def __init__(
@@ -40,21 +39,19 @@ class Target:
         model: PreTrainedModel,
         use_hook: bool = True,
         logit_transform: str = "identity",
-        prepack: bool = False,
         use_twin: bool = False,
     ):
         self.model = model
         self.embedding = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
         self.use_hook = use_hook
-        self.use_twin, self.prepack = use_twin, prepack and use_twin
+        self.use_twin = use_twin
         self._verifier: PreTrainedModel | None = None
         self.logit_transform = LOGIT_TRANSFORMS[logit_transform]
         self.text_config = model.config.get_text_config()
         self.device = execution_device(model)
         self._thread = threading.get_ident()
         self._head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
-        self._packed_rows: torch.Tensor | None = None
         self._caught: list[torch.Tensor] | None = None
         self._windows: dict[str, int | None] | None = None
 
@@ -123,10 +120,7 @@ class Target:
     def verifier(self) -> PreTrainedModel:
         """What runs over trees: the model, or its twin."""
         if self._verifier is None:
-            self._verifier = self.model
-            if self.use_twin:
-                packed = packed_weights(self.model) if self.prepack else None
-                self._verifier = twin(self.model, packed, folded_config(self.model))
+            self._verifier = twin(self.model, folded_config(self.model)) if self.use_twin else self.model
         return self._verifier
 
     def draft_logits(self, features: torch.Tensor, ids: torch.LongTensor | None = None) -> torch.Tensor:
@@ -141,15 +135,10 @@ class Target:
         elif type(self.head) is nn.Linear and self.head.weight.device == features.device:
             if self._head_rows is None:
                 self._head_rows = self.take_head_rows(ids)
-                if self.prepack and can_pack(self._head_rows[0]):
-                    self._packed_rows = PackedWeight.of(self._head_rows[0]).packed
             # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
             rows, (weight, bias) = features.flatten(0, -2), self._head_rows
-            if self._packed_rows is not None:
-                logits = product(rows, weight, self._packed_rows, bias)
-            else:
-                logits = nn.functional.linear(rows, weight, bias)
-            logits = logits.unflatten(0, features.shape[:-1])
+            product = few_rows_product if has_choice(weight) else nn.functional.linear
+            logits = product(rows, weight, bias).unflatten(0, features.shape[:-1])
         else:  # quantised, offloaded or adapted: only the module itself knows how
             logits = self.head(features)[..., ids]
         return self.logit_transform(self.text_config, logits)

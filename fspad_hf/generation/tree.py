@@ -19,7 +19,7 @@ class TreeShape(NamedTuple):
         depth: levels below the root; with 0 there is nothing but the root, which is plain decoding.
         top_k: children of a node, and nodes expanded at each level.
         total_nodes: nodes kept, the root not counted.
-        lookup: the most tokens that are grafted on from the text, beside the nodes kept.
+        lookup: the most tokens of the text that are grafted on, beside the nodes kept.
     """
 
     depth: int
@@ -29,13 +29,23 @@ class TreeShape(NamedTuple):
 
     @classmethod
     def of(cls, config) -> "TreeShape":
-        """The shape that an [`FSPADConfig`] names."""
+        """The shape that a resolved [`SpeculationConfig`] names: what is looked up is beside all of the nodes."""
         return cls(config.tree_depth, config.tree_top_k, config.tree_total_nodes, config.tree_lookup_tokens)
+
+    def with_lookup(self, lookup: int) -> "TreeShape":
+        """As large, but with so many tokens of the text in place of the last nodes."""
+        nodes = self.total_nodes - lookup
+        return self._replace(total_nodes=nodes, lookup=lookup) if nodes > 0 else TreeShape(0, 0, 0, lookup)
 
     @property
     def rows(self) -> int:
         """The most nodes there can be, the root counted."""
         return 1 + (self.total_nodes if self.depth else 0) + self.lookup
+
+    @property
+    def can_grow(self) -> bool:
+        """Whether a tree of such a depth and width can have all of its nodes."""
+        return self.total_nodes <= self.top_k + (self.depth - 1) * self.top_k**2
 
     @property
     def levels(self) -> int:

@@ -1,59 +1,67 @@
-"""`tree="auto"`: each round's tree is the one that promises most tokens a second.
+"""Which tree a round verifies.
 
-What a tree costs is measured once, see [`RoundCosts`]; what it yields is learned from the accepted paths of the call,
-and from nothing else, so that a run repeats. A round that accepted a path through a large tree tells what every
-smaller one would have accepted: the same path, as far as its nodes are among that tree's. Trees are tried from the
-shallowest on, and a level more only once a path has reached the end of a tree, so that a draft that guesses badly is
-found out by cheap ones. What is looked up in the text is part of every tree but a plain step's, and may be all of it.
+With `tree="auto"` it is the one that promises most tokens a second. What trees cost is learned from the rounds, see
+[`RoundCosts`]; what they yield, from the accepted paths of the call. A round that accepted a path through a large tree
+tells what every smaller one would have accepted: the same path, as far as its nodes are among that tree's. Trees are
+tried from the shallowest on, and a level more only once a path has reached the end of a tree, so that a draft that
+guesses badly is found out by cheap ones. The tokens looked up in the text take the places of the draft's last nodes
+where they promise more.
 """
 
 import math
 from collections.abc import Sequence
 from itertools import takewhile
 
-from ..modeling_fspad import FSPADDraftModel
-from .costs import RoundCosts, round_costs
-from .target import Target
+from .costs import RoundCosts
+from .lookup import Found
 from .tree import PLAIN, CandidateTree, TreeShape
 
 MEMORY = 0.95  # of what is known of a shape, at each round that tells something new
 PRIOR = 0.6  # chance that a level is accepted, before anything is known; worth one round
+LOOKED_UP = {1: 0.15, 2: 0.4, 3: 0.6}  # the same of a token looked up, by the length of the match; worth four tokens
 LOOK_UP = 64  # rounds of smaller trees after which the largest is tried again
 FIRST_PAUSE = 64  # plain tokens after which speculation is tried again; twice as many each time
+NOTHING = Found()
 
 
 class FixedTrees:
-    """Every round's tree has the configuration's shape."""
+    """Every round's tree has the size of the settings."""
 
-    def __init__(self, config):
-        self.shape = TreeShape.of(config)
+    def __init__(self, settings):
+        self.shape = TreeShape.of(settings)
 
-    def choose(self) -> TreeShape:
-        return self.shape
+    def choose(self, found: Found = NOTHING) -> TreeShape:
+        return self.shape.with_lookup(self.shape.lookup if found.tokens else 0)
 
-    def observe(self, tree: CandidateTree, path: list[int], chain: Sequence[int] = ()):
+    def observe(self, tree: CandidateTree, path: list[int], found: Found, emitted: Sequence[int]):
         """Nothing to learn."""
 
 
 class TunedTrees:
     """
-    Chooses each round's shape among [`ladder`], by expected tokens over measured seconds.
+    Chooses each round's shape among [`ladder`], by expected tokens over seconds.
 
     Args:
-        config: a [`FSPADConfig`]; its tree is the largest that is grown.
+        settings: a resolved [`SpeculationConfig`]; its tree is the largest that is grown.
         costs: of this draft and target, on this device.
     """
 
-    def __init__(self, config, costs: RoundCosts):
-        self.shapes = ladder(config)
-        self.seconds = {shape: costs.round(shape) for shape in self.shapes}
+    def __init__(self, settings, costs: RoundCosts):
+        self.shapes, self.costs, self.lookup = ladder(settings), costs, TreeShape.of(settings).lookup
         self._rounds = dict.fromkeys(self.shapes, 1.0)
         self._tokens = {s: sum(PRIOR**level for level in range(s.depth + 1)) for s in self.shapes}
+        self._right = {match: 4 * chance for match, chance in LOOKED_UP.items()}  # of the tokens looked up
+        self._checked = dict.fromkeys(LOOKED_UP, 4.0)
         self._shape, self._plain, self._small, self._pause = PLAIN, 0, 0, FIRST_PAUSE
         self._depth = 1  # of the deepest trees that are tried
 
-    def choose(self) -> TreeShape:
-        """The next round's shape; a `depth` of 0 is a plain step."""
+    def choose(self, found: Found = NOTHING) -> TreeShape:
+        """
+        The next round's shape; without a depth and a lookup it is a plain step.
+
+        Args:
+            found: what the text itself offers.
+        """
         tried = [shape for shape in self.shapes if shape.depth <= self._depth]
         best, largest = max(tried, key=self._speed), tried[-1]
         if best == PLAIN and self._plain >= self._pause:
@@ -62,55 +70,93 @@ class TunedTrees:
             best = largest
         self._plain = self._plain + 1 if best == PLAIN else 0
         self._small = 0 if best == largest else self._small + (best != PLAIN)
+        most = min(len(found.tokens), self.lookup)
+        if most:
+            right = self._right[found.match] / self._checked[found.match]
+            options = [best, best.with_lookup(min(most, best.total_nodes // 2))]
+            options += [TreeShape(0, 0, 0, n) for n in {min(most, size) for size in _halvings(self.lookup)}]
+            best = max(options, key=lambda shape: self._speed(shape, right))
         self._shape = best
         return best
 
-    def observe(self, tree: CandidateTree, path: list[int], chain: Sequence[int] = ()):
+    def observe(self, tree: CandidateTree, path: list[int], found: Found, emitted: Sequence[int]):
         """
         Learns from a round.
 
         Args:
             path: the nodes of `tree` at which tokens were drawn, the root first.
-            chain: the tokens looked up.
+            found: what the text offered, verified or not.
+            emitted: the tokens drawn.
         """
+        if found.tokens:
+            right = _common(found.tokens, emitted)
+            checked = min(right + 1, len(found.tokens), len(emitted))
+            self._right[found.match] = MEMORY * self._right[found.match] + right
+            self._checked[found.match] = MEMORY * self._checked[found.match] + checked
         grown = self._shape
+        if not grown.depth:
+            return
         needed = _needed(tree, path)
-        looked_up = _common(tree.tokens[0, path[1:]].tolist(), chain)
         for shape in self.shapes[1:]:
-            if all(ours <= theirs for ours, theirs in zip(shape, grown, strict=True)):
-                accepted = 1 + max(_within(shape, needed), looked_up)
+            if all(ours <= theirs for ours, theirs in zip(shape[:3], grown[:3], strict=True)):
                 self._rounds[shape] = MEMORY * self._rounds[shape] + 1
-                self._tokens[shape] = MEMORY * self._tokens[shape] + accepted
-        if grown.depth and _within(grown, needed) >= grown.depth:
+                self._tokens[shape] = MEMORY * self._tokens[shape] + 1 + _within(shape, needed)
+        if _within(grown, needed) >= grown.depth:
             self._climb(grown)
 
     def _climb(self, reached: TreeShape):
         """A path has reached a tree's end: trees one level deeper may be tried, and promise more than this one."""
         self._depth = max(self._depth, reached.depth + 1)
-        promise = self._tokens[reached] / self._rounds[reached] + PRIOR
+        promise = self._yield(reached) + PRIOR
         for shape in self.shapes:
             if shape.depth == reached.depth + 1 and self._rounds[shape] == 1.0:  # not tried yet
                 self._tokens[shape] = max(self._tokens[shape], promise)
 
-    def _speed(self, shape: TreeShape) -> float:
-        return self._tokens[shape] / self._rounds[shape] / self.seconds[shape]
+    def _yield(self, shape: TreeShape) -> float:
+        """Tokens a round, of what the draft grows alone; a shape between the ladder's steps yields what they do."""
+        if shape not in self._rounds:
+            below = [s for s in self.shapes if all(a <= b for a, b in zip(s[:3], shape[:3], strict=True))]
+            return max(self._tokens[s] / self._rounds[s] for s in below)
+        return self._tokens[shape] / self._rounds[shape]
+
+    def _speed(self, shape: TreeShape, right: float = 0.0) -> float:
+        """Expected tokens a second, if a token looked up is right with such a chance."""
+        drafted, tokens = self._yield(shape._replace(lookup=0)) - 1, 1.0
+        likely = drafted / (1 + drafted)  # of a level to be accepted, were the tree endless
+        for level in range(1, max(shape.depth, shape.lookup) + 1):
+            missed = 1 - right**level if level <= shape.lookup else 1.0
+            tokens += 1 - missed * (1 - likely**level)
+        return (tokens if shape.lookup else 1 + drafted) / max(self.costs.round(shape), 1e-9)
 
 
-def ladder(config) -> list[TreeShape]:
+def trees_of(settings, costs: RoundCosts | None) -> FixedTrees | TunedTrees:
+    """The trees of a call; without costs they are all of one size."""
+    return FixedTrees(settings) if costs is None else TunedTrees(settings, costs)
+
+
+def ladder(settings) -> list[TreeShape]:
     """
-    Plain decoding first, then what is looked up alone, then every depth with about every halving of the
-    configuration's nodes; itself last.
+    Plain decoding first, then every depth with about every halving of the nodes; the settings' own tree last. Few
+    sizes, for a number of rows costs some time when it is first seen.
     """
-    largest = depth, top_k, total_nodes, lookup = TreeShape.of(config)
-    shapes = {largest, TreeShape(0, 0, 0, lookup)}
-    nodes = total_nodes
-    while nodes >= 2:
-        width = max(math.ceil(top_k * math.sqrt(nodes / total_nodes)), 1)
-        for levels in range(1, min(depth, nodes) + 1):
-            reach = width + (levels - 1) * width**2
-            shapes.add(TreeShape(levels, width, min(nodes, reach), lookup))
-        nodes //= 2
-    return [PLAIN, *sorted(shapes - {PLAIN}, key=lambda shape: (shape.total_nodes, shape))]
+    largest = TreeShape.of(settings).with_lookup(0)
+    shapes = {largest}
+    for nodes in _halvings(largest.total_nodes):
+        for depth in range(1, min(largest.depth, nodes) + 1):
+            wide = math.ceil(largest.top_k * math.sqrt(nodes / largest.total_nodes))
+            shape = next(
+                (s for k in range(wide, largest.top_k + 1) if (s := TreeShape(depth, k, nodes)).can_grow), None
+            )
+            shapes |= {shape} - {None}
+    return [PLAIN, *sorted(shapes, key=lambda shape: (shape.total_nodes, shape))]
+
+
+def _halvings(size: int) -> list[int]:
+    """31, 15, 7, 3: so that with the root there are powers of two."""
+    sizes = [size]
+    while sizes[-1] > 3:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
 def _needed(tree: CandidateTree, path: list[int]) -> list[TreeShape]:
@@ -144,10 +190,3 @@ def _within(shape: TreeShape, needed: list[TreeShape]) -> int:
 def _common(these: Sequence[int], those: Sequence[int]) -> int:
     """Length of the common beginning."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(these, those, strict=False))))
-
-
-def trees_of(target: Target, draft: FSPADDraftModel) -> FixedTrees | TunedTrees:
-    """The trees of a call, as the draft's configuration wants them."""
-    if draft.config.tree == "auto":
-        return TunedTrees(draft.config, round_costs(target, draft))
-    return FixedTrees(draft.config)

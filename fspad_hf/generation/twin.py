@@ -1,22 +1,18 @@
 """Other module objects over a model's weights, for forwards of a few rows."""
 
-from collections.abc import Mapping
-
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from .prepacked import PackedLinear, PackedWeight
+from .few_rows import FewRowsLinear, has_choice
 
 
-def twin(
-    model: PreTrainedModel, packed: Mapping[int, PackedWeight] | None = None, config: PreTrainedConfig | None = None
-) -> PreTrainedModel:
+def twin(model: PreTrainedModel, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """
-    A model of new module objects that share parameters, buffers, hooks and settings with those of `model`, but for
-    what is given. The model itself, which other threads may be using, is left as it is. Cheap enough for each call.
+    A model of new module objects that share parameters, buffers, hooks and settings with those of `model`; on a CPU
+    its linear layers are [`FewRowsLinear`]. The model itself, which other threads may be using, is left as it is.
+    Cheap enough for each call.
 
     Args:
-        packed: by the id of a linear layer's weight, what its product is to run on.
         config: in place of the text configuration.
     """
     text, made = model.config.get_text_config(), {}
@@ -27,10 +23,8 @@ def twin(
             vars(new).update(vars(module))
             if config is not None and vars(module).get("config") is text:
                 vars(new)["config"] = config
-            found = (packed or {}).get(id(module._parameters.get("weight")))
-            if found is not None and type(module) is nn.Linear:
-                new.__class__ = PackedLinear
-                vars(new)["packed"] = found.packed
+            if type(module) is nn.Linear and has_choice(module.weight):
+                new.__class__ = FewRowsLinear
             children = module._modules.items()
             vars(new)["_modules"] = {name: None if child is None else copied(child) for name, child in children}
         return made[id(module)]

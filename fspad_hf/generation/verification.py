@@ -134,7 +134,7 @@ class TokenEmitter:
         input_ids (`[1, prompt]`): grows by each token emitted.
         noise: where draws come from; `None` is greedy.
 
-    `emitted` are the tokens so far, on the host.
+    `emitted` are the tokens so far, on the host; `ends` are those after which nothing is emitted.
     """
 
     def __init__(
@@ -151,6 +151,12 @@ class TokenEmitter:
         self.settings: tuple | None = None  # of the processors when tokens were drawn beforehand; `None` is unwatched
         self.logits_processor, self.stopping_criteria, self.streamer = logits_processor, stopping_criteria, streamer
         self.noise = noise
+        self.ends = {
+            token
+            for criterion in stopping_criteria
+            if type(criterion) is EosTokenCriteria
+            for token in criterion.eos_token_id.flatten().tolist()
+        }
         self.plain_criteria = all(type(criterion) in PLAIN_CRITERIA for criterion in stopping_criteria)
         wanted = generation_config.return_dict_in_generate
         self.scores = () if wanted and generation_config.output_scores else None
@@ -166,7 +172,12 @@ class TokenEmitter:
         return self._ids
 
     def emit(self, logits: torch.Tensor) -> int:
-        """Emits the token that follows `input_ids`; `logits` is the target's row for it, `[1, vocabulary]`."""
+        """
+        Emits the token that follows `input_ids`; `logits` is the target's row for it, `[1, vocabulary]`.
+
+        Returns:
+            The token that the model is to read next.
+        """
         logits = fresh_row(logits).to(self._ids.device)
         scores = self.logits_processor(self.input_ids, logits)
         if self.scores is not None:
@@ -200,6 +211,8 @@ class TokenEmitter:
         self.finished = bool(self.stopping_criteria(ids, self.scores).all())
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token], device="cpu"))
+        if not self.plain_criteria:  # the user's may have written another token there, which the model then reads
+            self.emitted[-1] = token = int(self._ids[0, -1])
         return token
 
 
@@ -222,13 +235,18 @@ def walk(
         ahead: (node, token) of a whole walk made beforehand; it holds until code of the user's draws on the way.
     """
     node = 0
-    for node, token in ahead:
+    for node, drawn in ahead:
         if not emitter.can_take():
             break
         path.append(node)
-        emitter.take(token)
+        token = emitter.take(drawn)
         if emitter.finished:
             return
+        if token != drawn:  # a criterion wrote another one in its place
+            node = tree.children().get((node, token))
+            if node is None:
+                return
+            break
     else:
         if ahead:
             return

@@ -15,7 +15,7 @@ from ..generation.decoding import SpeculationRecord
 from ..generation.lookup import PromptLookup
 from ..generation.probe import probe
 from ..generation.rounds import depth_limit
-from ..generation.tree import TreeShape
+from ..generation.tuning import FixedTrees
 from ..generation.verification import walk
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel
@@ -58,7 +58,8 @@ def simulate(
     features: torch.Tensor | None = None,
 ) -> SpeculationRecord:
     """
-    The record that `generate(assistant_model=draft)` would have made of emitting `sequence`, round for round.
+    The record that `generate(assistant_model=draft)` would have made of emitting `sequence`, round for round, with the
+    paper's trees unless the draft's settings say otherwise.
 
     Args:
         sequence (`[1, length]`): prompt and continuation.
@@ -71,16 +72,16 @@ def simulate(
     view = found.view(target)
     if features is None:
         features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
-    generator = ManyTrees(draft, view, logits_processor, noise)
+    generator = ManyTrees(draft, view, logits_processor, noise, draft.speculation_settings())
     outputs = generator.accept(features[:, :-1], sequence[:, 1:])
     rows = None if generator.noise is None else noise.rows
 
-    wanted = TreeShape.of(draft.config)
+    fixed = FixedTrees(generator.settings)
 
-    def limit(length: int, depth: int = wanted.depth) -> int:
+    def limit(length: int, depth: int = fixed.shape.depth) -> int:
         return depth_limit(depth, length, 0, max_length, view.text_config)
 
-    lookup = PromptLookup(sequence[0, : prompt_length + 1].tolist())
+    lookup = PromptLookup(sequence[0, : prompt_length + 1].tolist(), _ends(target))
     emitter, record = KnownTokens(sequence[0].tolist(), prompt_length + 1), SpeculationRecord()
     grown, trees = range(0), None
     while not emitter.finished:
@@ -88,17 +89,24 @@ def simulate(
         if length not in grown:  # all trees of a depth from here on, of which a walk visits some
             end = min(length + generator.at_once, sequence.shape[1])
             grown = range(length, next((n for n in range(length, end) if limit(n) != limit(length)), end))
-            shape = wanted._replace(depth=limit(length))
+            shape = fixed.shape._replace(depth=limit(length))
             drawn = None if rows is None else rows[length - prompt_length :]
             trees = generator.grow_at(outputs, range(length - 2, grown.stop - 2), shape, drawn)
-        tree = trees.tree(length - grown.start, emitter.tokens[length - 1])
-        if chain := lookup.continuation(limit(length, wanted.lookup)):
+        found = lookup.continuation(generator.settings.tree_lookup_tokens)
+        chosen = fixed.choose(found)
+        tree = trees.tree(length - grown.start, emitter.tokens[length - 1], chosen.total_nodes)
+        if chain := found.tokens[: limit(length, chosen.lookup)]:
             tree = tree.grafted(torch.tensor(chain)).trimmed()
         path: list[int] = []
         walk(tree, features.new_empty(1, len(tree), 0), emitter, path)
         record.accepted_lengths.append(len(path))
         lookup.extend(emitter.tokens[length : emitter.at])
     return record
+
+
+def _ends(target: PreTrainedModel) -> list[int]:
+    ends = target.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 class SeededDraws(LogitsProcessor):
@@ -194,18 +202,19 @@ def simulate_answer(
     """
     sequence, length = torch.tensor([answer.tokens], device=target.device), answer.prompt_length
     features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
-    reach, vocabulary = max_new_tokens + draft.config.tree_depth, target.config.get_text_config().vocab_size
-    rows, coupled = [], draft.config.coupled_drafting
+    settings, vocabulary = draft.speculation_config, target.config.get_text_config().vocab_size
+    reach = max_new_tokens + draft.speculation_settings().tree_depth
+    rows, coupled = [], settings.coupled_drafting
     try:
         for mode in ("greedy",) if answer.seed is None else ("coupled", "uncoupled"):
-            draft.config.coupled_drafting = mode == "coupled"
+            settings.coupled_drafting = mode == "coupled"
             noise = KnownNoise(answer.seed, reach, vocabulary, target.device) if mode == "coupled" else None
             record = simulate(target, draft, sequence, length, length + max_new_tokens, noise, features=features)
             row = {"prompt": answer.prompt, "task": answer.task, "mode": mode}
             row |= {"tokens": len(answer.tokens) - length - 1, "rounds": record.rounds}
             rows.append(row | {"accepted_lengths": record.accepted_lengths})
     finally:
-        draft.config.coupled_drafting = coupled
+        settings.coupled_drafting = coupled
     return rows
 
 
@@ -260,7 +269,7 @@ def run_acceptance(
 
     json_file = writable_file(json_file) if json_file is not None else None
     asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
-    models = load_models(target, draft, device, dtype, cpu_tree=False)
+    models = load_models(target, draft, device, dtype)
     with quiet_transformers(), counted("answers simulated", 2 * len(asked)) as advance:
         rows = measure_acceptance(models.target, models.tokenizer, models.draft, asked, max_new_tokens, seed, advance)
     table = Table(title="tau (tokens after the first / verification forwards)")

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ..generation.probe import probe
 from ..loading import load_models
 from ..modeling_fspad import FSPADDraftModel
-from ..pretrained import draft_config
-from ..runtime import status, write_file
+from ..runtime import status
+from ..speculation_config import FILE
 from .data import load_training_rows
 
 SHARPNESS = (0.8, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
@@ -35,7 +35,8 @@ def fit_coupling(
     seed: int = 0,
 ) -> dict[str, float]:
     """
-    Sets `draft.config.coupling_sharpness` and `coupling_kappa` to the values under which draws at T = 1 are likeliest.
+    Sets `coupling_sharpness` and `coupling_kappa` of the draft's settings to the values under which draws at T = 1 are
+    likeliest.
 
     Args:
         rows (`[rows, length]`), masks (`[rows, length]`): held-out text that the target wrote at T = 1 (a colder text
@@ -52,7 +53,8 @@ def fit_coupling(
     total = int(masks[:, 2:].sum())
     if not total:
         raise ValueError(f"Nothing to fit coupled drafting on: {len(rows)} rows without a token of the assistant's.")
-    before = (float(draft.config.coupling_sharpness), float(draft.config.coupling_kappa))
+    settings = draft.speculation_settings()
+    before = (float(settings.coupling_sharpness), float(settings.coupling_kappa))
     grid = sorted({(a, k) for a in SHARPNESS for k in KAPPA} | {before})
     likelihood = dict.fromkeys(grid, 0.0)
     hits = dict.fromkeys([a for a, _ in grid], 0)
@@ -74,7 +76,7 @@ def fit_coupling(
                     scores = k * race
                     likelihood[a, k] += float((scores.gather(1, x)[:, 0] - scores.logsumexp(-1)).double().sum())
     sharpness, kappa = max(grid, key=likelihood.get)
-    draft.config.coupling_sharpness, draft.config.coupling_kappa = sharpness, kappa
+    draft.speculation_config.update(coupling_sharpness=sharpness, coupling_kappa=kappa)
     return {
         "sharpness": sharpness, "kappa": kappa, "positions": seen, "hit": hits[sharpness] / seen,
         "hit_before": hits[before[0]] / seen, "hit_uncoupled": uncoupled / seen,
@@ -109,7 +111,7 @@ def run_calibration(
     device: str | None = None, dtype: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """
-    `fspad-hf calibrate`: [`fit_coupling`] on the last rows of `data`; the draft's config.json is rewritten.
+    `fspad-hf calibrate`: [`fit_coupling`] on the last rows of `data`; its outcome is saved with the draft.
 
     Args:
         draft: the draft's folder.
@@ -119,19 +121,17 @@ def run_calibration(
     from rich.console import Console
 
     if draft is not None and not Path(draft).is_dir():
-        raise ValueError(f"draft={draft!r} is not a folder: expected a local draft, whose config.json is rewritten.")
+        raise ValueError(f"draft={draft!r} is not a folder: expected a local draft, whose {FILE} is rewritten.")
     if rows < 1:
         raise ValueError(f"rows={rows} leaves no text to fit to: expected 1 or more.")
-    models = load_models(target, draft, device, dtype, cpu_tree=False)
+    models = load_models(target, draft, device, dtype)
     vocab_size = models.target.config.get_text_config().vocab_size
     found = load_training_rows(data, models.tokenizer, vocab_size=vocab_size, last=rows)
     if found.segments is not None:
         raise ValueError(f"data={list(data)} are conversations: expected rows of token ids; write them with selfplay.")
     with status(f"Drawing at {positions} tokens of {len(found.ids)} rows"):
         fitted = fit_coupling(models.draft, models.target, found.ids, found.mask, positions, seed)
-    config = draft_config(models.draft_name)
-    config.coupling_sharpness, config.coupling_kappa = fitted["sharpness"], fitted["kappa"]
-    write_file(Path(models.draft_name) / "config.json", config.to_json_string())
+    models.draft.speculation_config.save_pretrained(models.draft_name)
     values = "  ".join(f"{name} {value:.3g}" for name, value in fitted.items())
-    Console().print(f"{models.draft_name}/config.json: {values}", highlight=False, soft_wrap=True)
+    Console().print(f"{models.draft_name}/{FILE}: {values}", highlight=False, soft_wrap=True)
     return fitted

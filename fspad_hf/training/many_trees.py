@@ -28,12 +28,13 @@ class GrownTrees:
     scores: torch.Tensor
     total: int
 
-    def tree(self, number: int, root: int) -> CandidateTree:
-        """One of the trees, below the token `root`."""
+    def tree(self, number: int, root: int, total: int | None = None) -> CandidateTree:
+        """One of the trees, below the token `root`; with `total`, its so many best nodes."""
         tokens, parents, scores = (part[number] for part in (self.tokens, self.parents, self.scores))
-        if not len(tokens):
+        total = self.total if total is None else total
+        if not len(tokens) or not total:
             return CandidateTree.root(torch.tensor([[root]]))
-        return prune(torch.tensor([[root]]), tokens, parents, self.depths, scores, self.total).trimmed()
+        return prune(torch.tensor([[root]]), tokens, parents, self.depths, scores, total).trimmed()
 
 
 class ManyTrees(FSPADCandidateGenerator):
@@ -42,7 +43,8 @@ class ManyTrees(FSPADCandidateGenerator):
     @property
     def at_once(self) -> int:
         """How many trees to grow at a time."""
-        width = self.config.tree_top_k * (self.config.draft_vocab_size or self.config.vocab_size)
+        config = self.draft.config
+        width = self.settings.tree_top_k * (config.draft_vocab_size or config.vocab_size)
         return min(max(LOGITS_AT_ONCE // width, 1), TREES_AT_ONCE)
 
     @torch.no_grad()

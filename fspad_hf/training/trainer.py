@@ -252,7 +252,7 @@ def _fit_coupling(run: _Run) -> dict[str, float]:
             fitted = [fit_coupling(draft, run.target, *padded, config.coupling_positions, config.seed)]
     fitted = broadcast_object_list(fitted)[0]
     if fitted:
-        draft.config.coupling_sharpness, draft.config.coupling_kappa = fitted["sharpness"], fitted["kappa"]
+        draft.speculation_config.update(coupling_sharpness=fitted["sharpness"], coupling_kappa=fitted["kappa"])
     return {f"coupling_{name}": value for name, value in fitted.items()}
 
 

@@ -67,8 +67,8 @@ def validate(
     """
     measured = copy.deepcopy(draft).eval().to(module_device(target.get_output_embeddings(), target.device))
     measured = measured.to(target.dtype)
-    measured.config.coupled_drafting = True
-    rows, depth = rows[: config.validate_rows], draft.config.tree_depth
+    measured.speculation_config.coupled_drafting = True
+    rows, depth = rows[: config.validate_rows], draft.speculation_settings().tree_depth
     sums = _Sums(depth)
     for start in range(part * ROWS_AT_ONCE, len(rows.ids), parts * ROWS_AT_ONCE):
         _teacher_forced(measured, target, rows[start : start + ROWS_AT_ONCE], sums)
@@ -104,7 +104,7 @@ def _teacher_forced(draft, target, rows: TrainingRows, sums: "_Sums") -> None:
 
 
 def _simulated(draft, target, span: Span, seed: int, sums: "_Sums") -> None:
-    found, depth = probe(target), draft.config.tree_depth
+    found, depth = probe(target), draft.speculation_settings().tree_depth
     ids = span.ids.to(module_device(target.get_input_embeddings(), target.device))
     features = target.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
     view = found.view(target)

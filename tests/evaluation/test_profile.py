@@ -238,7 +238,7 @@ def test_captured_rounds_beside_eager_ones(llama, prompt, small, captured, tau, 
     draft = fresh_draft(llama, **TREE)
     settings = ProfileSettings(max_new_tokens=41, repeats=2, rows=(1,), methods=(), tau=tau)
     result = profile(llama, draft, [inputs_of(prompt)], settings)
-    assert captured and not draft.config.cuda_graphs
+    assert captured and not draft.speculation_config.cuda_graphs
     for mode in MODES:
         found, eager = result["graph_rounds"][mode], result["rounds"][mode]
         used = {part for part, seconds in found["parts"].items() if seconds}

@@ -39,7 +39,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, voc
     torch.manual_seed(3)
     noise = NoiseQueue(torch.device("cpu"), 64) if kappa else None
     generator, features = prepared(llama, draft, prompt, noise)
-    tree = generator.grow(prompt[:, -1:], TreeShape.of(draft.config))
+    tree = generator.grow(prompt[:, -1:], TreeShape.of(draft.speculation_settings()))
     rows = noise.peek(depth) if kappa else None
 
     def expand(path):

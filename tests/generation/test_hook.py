@@ -114,15 +114,6 @@ class TestMisfits:
             draft = FSPADDraftModel(config)
         self.check(llama, draft, prompt, "meta", "from_pretrained")
 
-    @pytest.mark.parametrize(
-        "setting", [{"tree_depth": 0}, {"tree_top_k": 0}, {"tree_total_nodes": 100_000}, {"tree_top_k": 65}]
-    )
-    def test_tree_settings(self, llama, prompt, setting):
-        draft = fresh_draft(llama)
-        for name, value in setting.items():
-            setattr(draft.config, name, value)
-            self.check(llama, draft, prompt, name, str(value))
-
     def test_empty_prompt_is_as_in_plain_generate(self, llama, llama_draft):
         outcomes = []
         for assistant in (None, llama_draft):

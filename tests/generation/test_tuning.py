@@ -1,22 +1,30 @@
 """`tree="auto"`: the same tokens whatever is chosen, and the choice follows costs and accepted paths alone."""
 
-import json
+import gc
+import weakref
 
 import pytest
 import torch
 
-from fspad_hf import FSPADConfig
-from fspad_hf.generation import costs
+from fspad_hf import FSPADDraftModel
 from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
-from fspad_hf.generation.costs import RoundCosts
+from fspad_hf.generation.costs import LATEST, RoundCosts, Stopwatch, costs_of
+from fspad_hf.generation.lookup import Found
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import CandidateTree, TreeShape
-from fspad_hf.generation.tuning import PLAIN, TunedTrees, _needed, ladder
+from fspad_hf.generation.tuning import NOTHING, PLAIN, FixedTrees, TunedTrees, _needed, ladder
+from fspad_hf.speculation_config import SpeculationConfig
 
 from .. import tiny
 from ..conftest import fresh_draft
 
-STEEP = RoundCosts(verify=((1, 1.0), (60, 1.3)), level=((2, 0.1), (10, 0.1)), first=((2, 0.1), (10, 0.1)))
+
+def known_costs(forward: dict[int, float], level: float) -> RoundCosts:
+    known = RoundCosts()
+    for rows, seconds in forward.items():
+        known.add_forward(rows, seconds)
+    known.add_draft(1, level)
+    return known
 
 
 @pytest.fixture
@@ -26,13 +34,11 @@ def auto(llama):
 
 @pytest.fixture
 def steep(monkeypatch):
-    monkeypatch.setattr("fspad_hf.generation.tuning.round_costs", lambda target, draft: STEEP)
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("FSPAD_HF_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "costs"
+    """Trees pay as soon as they are right, and no clock has a say in it."""
+    known = known_costs({1: 1.0, 60: 1.3}, 0.1)
+    monkeypatch.setattr("fspad_hf.generation.decoding.costs_of", lambda *_: known)
+    monkeypatch.setattr(RoundCosts, "add_forward", lambda *_: None)
+    monkeypatch.setattr(RoundCosts, "add_draft", lambda *_: None)
 
 
 def trees(monkeypatch):
@@ -82,13 +88,11 @@ def test_costs_decide():
     root, path = TreeShape(6, 10, 59), [0, 1, 2]
 
     def settled(verify60, level):
-        chosen = TunedTrees(
-            config, RoundCosts(((1, 1.0), (60, verify60)), ((2, level), (10, level)), ((2, level), (10, level)))
-        )
+        chosen = TunedTrees(config, known_costs({1: 1.0, 60: verify60}, level))
         for _ in range(60):
             shape = chosen.choose()
             if shape != PLAIN:
-                chosen.observe(chain(shape.total_nodes, len(path)), path)
+                chosen.observe(chain(shape.total_nodes, len(path)), path, NOTHING, path)
         return chosen.choose()
 
     assert settled(1.0, 0.0).depth >= 2
@@ -99,12 +103,12 @@ def test_costs_decide():
 
 def test_a_bad_draft_is_found_out_by_cheap_trees_and_a_good_one_climbs():
     config = tiny_config(depth=6, top_k=10, nodes=59)
-    costs = RoundCosts(((1, 38.0), (60, 56.0)), ((2, 3.0), (10, 3.0)), ((2, 4.0), (10, 5.0)))
+    costs = known_costs({1: 38.0, 60: 56.0}, 4.0)
     chosen, shapes = TunedTrees(config, costs), []
     for _ in range(256):
         shapes.append(chosen.choose())
         if shapes[-1] != PLAIN:
-            chosen.observe(chain(shapes[-1].total_nodes, 1), [0])
+            chosen.observe(chain(shapes[-1].total_nodes, 1), [0], NOTHING, [7])
     assert {shape.depth for shape in shapes} == {0, 1}
     assert 256 * 38 / sum(costs.round(shape) for shape in shapes) > 0.98
     chosen, depths = TunedTrees(config, costs), []
@@ -112,7 +116,7 @@ def test_a_bad_draft_is_found_out_by_cheap_trees_and_a_good_one_climbs():
         shape = chosen.choose()
         depths.append(shape.depth)
         accepted = 1 + min(shape.depth, shape.total_nodes)
-        chosen.observe(chain(shape.total_nodes, accepted), list(range(accepted)))
+        chosen.observe(chain(shape.total_nodes, accepted), list(range(accepted)), NOTHING, [7] * accepted)
     assert depths[0] == 1 and max(depths[:10]) == 6 and depths[-1] == 6
 
 
@@ -128,9 +132,9 @@ def test_a_path_tells_what_smaller_trees_would_have_accepted(llama, prompt):
         generator = FSPADCandidateGenerator(draft, Target(llama))
         with torch.no_grad():
             generator.accept(llama.model(prompt[:, :-1]).last_hidden_state, prompt[:, 1:])
-        large = generator.grow(prompt[:, -1:], TreeShape.of(draft.config))
+        large = generator.grow(prompt[:, -1:], TreeShape.of(draft.speculation_settings()))
         leaves = set(range(len(large))) - set(large.parents[0].tolist())
-        for shape in ladder(draft.config)[1:]:
+        for shape in ladder(draft.speculation_settings())[1:]:
             paths = token_paths(generator.grow(prompt[:, -1:], shape))
             for leaf in leaves:
                 path = [leaf]
@@ -167,58 +171,67 @@ def chain(nodes, length):
 
 
 def tiny_config(depth, top_k, nodes, lookup=0):
-    return FSPADConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_attention_heads=4,
-        tree_depth=depth,
-        tree_top_k=top_k,
-        tree_total_nodes=nodes,
-        tree_lookup_tokens=lookup,
-    )
+    return SpeculationConfig("auto", depth, top_k, nodes, lookup).resolved(torch.device("cpu"))
 
 
-@pytest.mark.parametrize("looked_up", [0, 7])
-@pytest.mark.parametrize("shape", [(6, 10, 59), (1, 1, 1), (3, 3, 8), (8, 2, 20), (2, 30, 200)])
-def test_the_ladder(shape, looked_up):
-    shapes = ladder(tiny_config(*shape, looked_up))
-    assert shapes[0] == PLAIN and shapes[-1] == (*shape, looked_up) and len(set(shapes)) == len(shapes)
-    assert (TreeShape(0, 0, 0, 7) in shapes) == (looked_up == 7)
-    for depth, top_k, nodes, lookup in shapes[1:]:
-        assert lookup == looked_up
-        if not depth:
-            continue
-        assert nodes <= top_k + (depth - 1) * top_k**2 and depth <= nodes  # a tree that can be grown
-        assert all(a <= b for a, b in zip((depth, top_k, nodes), shape, strict=True))
+@pytest.mark.parametrize("shape", [(6, 10, 59), (1, 1, 1), (3, 3, 8), (8, 2, 20), (2, 16, 200), (6, 8, 31)])
+def test_the_ladder(shape):
+    shapes = ladder(tiny_config(*shape))
+    assert shapes[0] == PLAIN and shapes[-1] == (*shape, 0) and len(set(shapes)) == len(shapes)
+    for one in shapes[1:]:
+        assert one.can_grow and 1 <= one.depth <= one.total_nodes
+        assert all(a <= b for a, b in zip(one, (*shape, 0), strict=True))
+    if shape == (6, 8, 31):
+        assert {one.rows for one in shapes} == {1, 4, 8, 16, 32}
+        assert {one.depth for one in shapes} == set(range(7))
 
 
 def test_what_is_looked_up_is_weighed_against_what_is_drafted():
-    """Whichever guesses better is kept, also where both are in one tree."""
-    costs = RoundCosts(((1, 1.0), (60, 1.3)), ((2, 0.2), (10, 0.2)), ((2, 0.3), (10, 0.3)))
+    """Whichever guesses better is kept, also where both are in one tree; together they never exceed the budget."""
 
-    def settled(drafted, found):
-        """`drafted` and `found`: how many tokens of the text the draft and the text itself guess each round."""
-        chosen = TunedTrees(tiny_config(6, 10, 59, lookup=8), costs)
+    def settled(drafted, right, match=3):
+        """`drafted` and `right`: how many tokens of the text the draft and the text itself guess each round."""
+        chosen, shapes = TunedTrees(tiny_config(6, 8, 31, 15), known_costs({1: 1.0, 60: 1.3}, 0.2)), []
         for number in range(300):
-            shape, text = chosen.choose(), [100 * number + i for i in range(9)]
-            chain = [*text[:found], *[-1] * (8 - found)][: shape.lookup]
-            depth = min(drafted, shape.depth)
-            if not chain:
-                tree, path = CandidateTree.root(torch.tensor([[0]])), [0]
-            else:
-                tree = CandidateTree.root(torch.tensor([[0]]))
-                if shape.depth:
-                    tree = straight(text[:depth] + [-2] * (shape.depth - depth))
-                tree = tree.grafted(torch.tensor(chain)).trimmed()
-                children, path = tree.children(), [0]
-                while (node := children.get((path[-1], text[len(path) - 1]))) is not None:
-                    path.append(node)
-            chosen.observe(tree, path, chain)
-        return chosen.choose()
+            text = [100 * number + i for i in range(1, 17)]
+            found = Found([*text[:right], *[-1] * (15 - right)], match)
+            shape = chosen.choose(found)
+            assert shape.rows <= 32
+            shapes.append(shape)
+            tree = CandidateTree.root(torch.tensor([[0]]))
+            if shape.depth:
+                depth = min(drafted, shape.depth)
+                tree = straight(text[:depth] + [-2] * (shape.depth - depth))
+            if shape.lookup:
+                tree = tree.grafted(torch.tensor(found.tokens[: shape.lookup])).trimmed()
+            children, path = tree.children(), [0]
+            while (node := children.get((path[-1], text[len(path) - 1]))) is not None:
+                path.append(node)
+            chosen.observe(tree, path, found, text[: len(path)])
+        return shapes[-1]
 
     assert settled(0, 0) == PLAIN
-    assert settled(0, 6) == settled(1, 6) == TreeShape(0, 0, 0, 8)
-    assert settled(4, 0).depth >= 4 and settled(4, 1).depth >= 4
+    assert settled(0, 6).lookup >= 6 and not settled(0, 6).depth
+    assert settled(1, 12).lookup >= 12
+    assert settled(4, 0).depth >= 4 and not settled(4, 0).lookup
+
+
+def test_matches_of_each_length_are_judged_by_themselves():
+    chosen = TunedTrees(tiny_config(6, 8, 31, 15), known_costs({1: 1.0, 60: 1.3}, 0.2))
+    for _ in range(30):
+        for match in (1, 3):
+            chosen.choose(Found([1, 2, 3], match))
+            chosen.observe(
+                CandidateTree.root(torch.tensor([[0]])), [0], Found([1, 2, 3], match), [1 if match > 1 else 9]
+            )
+    assert chosen.choose(Found([1, 2, 3], 1)).lookup == 0 < chosen.choose(Found([1, 2, 3], 3)).lookup
+
+
+def test_fixed_trees_share_their_nodes_with_what_is_looked_up():
+    trees = FixedTrees(SpeculationConfig("fixed", 6, 10, 59, 8).resolved(torch.device("cpu")))
+    assert trees.choose() == (6, 10, 59, 0) and trees.choose(Found([1], 1)) == (6, 10, 51, 8)
+    only = FixedTrees(SpeculationConfig("fixed", 2, 2, 3, 3).resolved(torch.device("cpu")))
+    assert only.choose(Found([1], 1)) == (0, 0, 0, 3)
 
 
 def straight(tokens):
@@ -228,67 +241,45 @@ def straight(tokens):
     return CandidateTree(torch.tensor([[0, *tokens]]), parents[None], numbers[None], -0.1 * numbers[None])
 
 
-def test_costs_are_interpolated():
-    made = RoundCosts(((1, 1.0), (9, 2.0), (60, 4.0)), ((2, 0.1), (10, 0.5)), ((2, 0.2), (10, 0.6)))
+def test_costs_are_interpolated_and_the_quickest_counts():
+    made = known_costs({1: 1.0, 9: 2.0}, 0.1)
     assert made.round(PLAIN) == 1.0
-    assert made.round(TreeShape(1, 2, 4)) == pytest.approx(0.2 + 1.5)
-    assert made.round(TreeShape(4, 6, 59)) == pytest.approx(0.4 + 3 * 0.3 + 4.0)
-    assert made.round(TreeShape(1, 1, 200)) == pytest.approx(0.2 + 4.0)
+    assert made.round(TreeShape(3, 2, 4)) == pytest.approx(0.3 + 1.5)
     assert made.round(TreeShape(0, 0, 0, 8)) == 2.0
-    assert made.round(TreeShape(1, 2, 4, 4)) == pytest.approx(0.2 + 2.0)
+    assert made.round(TreeShape(1, 9, 200)) == pytest.approx(0.1 + 2.0)  # unseen: no dearer than what was seen
+    for seconds in (9.0, 4.0, 9.0):  # a machine that was busy
+        made.add_forward(60, seconds)
+    assert made.round(TreeShape(1, 9, 59)) == pytest.approx(0.1 + 4.0)
+    for _ in range(LATEST):  # and that has changed since
+        made.add_forward(60, 5.0)
+    assert made.round(TreeShape(1, 9, 59)) == pytest.approx(0.1 + 5.0)
+    assert RoundCosts().round(TreeShape(1, 9, 59)) == 0.0
 
 
-def test_costs_are_measured_once_and_stored(auto, cache, prompt, monkeypatch):
+def test_costs_are_learned_from_the_rounds_and_die_with_the_model(auto, prompt):
     model = tiny.build("llama")
-    measured, measure = [], costs.measure
-    monkeypatch.setattr(costs, "measure", lambda *args: measured.append(1) or measure(*args))
-
-    def generate(**kwargs):
-        torch.manual_seed(0)
-        options = {"do_sample": True, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
-        tokens = model.generate(prompt, **options, **kwargs)
-        return tokens.tolist(), torch.get_rng_state().tolist()
-
-    plain = generate()
-    assert generate(assistant_model=auto) == plain  # the measurement draws nothing from the generator
-    (file,) = cache.iterdir()
-    assert generate(assistant_model=auto) == plain and len(measured) == 1
-    told = json.loads(file.read_text())
-    assert [n for n, _ in told["verify"]] == [1, 2, 3, 6, 11, 21] and all(s > 0 for _, s in told["verify"])
-    model.__dict__.pop("_fspad_costs")  # as another process
-    generate(assistant_model=auto)
-    assert len(measured) == 1 and model.__dict__["_fspad_costs"]
-    for broken in ("{", "{}", '{"verify": [], "level": [], "first": []}', '{"verify": [[1, "x"]]}'):
-        model.__dict__.pop("_fspad_costs")
-        file.write_text(broken)
-        generate(assistant_model=auto)
-        assert json.loads(file.read_text())["verify"]  # measured anew, and written
-    assert len(measured) == 5
-    model.__dict__.pop("_fspad_costs")
-    auto.config.tree_depth = 3
-    generate(assistant_model=auto)  # another pair
-    assert len(measured) == 6 and len(list(cache.iterdir())) == 2
+    model.generate(prompt, assistant_model=auto, max_new_tokens=12)
+    known = costs_of(Target(model), auto, False)
+    assert known.round(PLAIN) > 0
+    known.add_forward(1000, 7.0)
+    model.generate(prompt, assistant_model=auto, max_new_tokens=2)
+    assert costs_of(Target(model), auto, False) is known and 1000 in known._verify  # gone on with
+    assert not [name for name in vars(model) if "fspad" in name]
+    gone = weakref.ref(known)
+    del known, model
+    gc.collect()
+    assert gone() is None
 
 
-def test_a_cache_folder_that_cannot_be_written(auto, tmp_path, prompt, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("FSPAD_HF_CACHE", str(tmp_path / "file"))
-    model = tiny.build("llama")
-    plain = model.generate(prompt, max_new_tokens=8)
-    assert model.generate(prompt, max_new_tokens=8, assistant_model=auto).tolist() == plain.tolist()
-    assert model.__dict__["_fspad_costs"]
+def test_with_nothing_set_a_cpu_chooses_and_fixed_trees_time_nothing(llama, prompt, monkeypatch):
+    watched = []
+    monkeypatch.setattr("fspad_hf.generation.rounds.Stopwatch", lambda device: watched.append(1) or Stopwatch(device))
+    llama.generate(prompt, assistant_model=fresh_draft(llama), max_new_tokens=8)
+    assert not watched
+    llama.generate(prompt, assistant_model=FSPADDraftModel.from_target(llama), max_new_tokens=8)
+    assert watched
 
 
-def test_fixed_trees_measure_nothing(llama, llama_draft, prompt, monkeypatch):
-    def fails(*args):
-        raise AssertionError("measured")
-
-    monkeypatch.setattr(costs, "measure", fails)
-    assert llama_draft.config.tree == "fixed"
-    llama.generate(prompt, assistant_model=llama_draft, max_new_tokens=8)
-
-
-def test_unknown(auto, llama, prompt):
-    auto.config.tree = "best"
-    with pytest.raises(ValueError, match="tree='best' is unknown: expected 'fixed' or 'auto'"):
-        llama.generate(prompt, assistant_model=auto)
+def test_unknown(auto):
+    with pytest.raises(ValueError, match="tree='best' is unknown: expected 'auto' or 'fixed'"):
+        auto.speculation_config.tree = "best"

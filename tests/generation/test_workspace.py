@@ -189,7 +189,7 @@ def test_workspaces_go_with_the_draft(captured, prompt, tmp_path):
     copied = copy.deepcopy(draft)
     assert not WorkspacePool.of(copied).idle and not pickle.loads(pickle.dumps(pool)).idle
     draft.save_pretrained(tmp_path)
-    assert FSPADDraftModel.from_pretrained(tmp_path).config.cuda_graphs
+    assert FSPADDraftModel.from_pretrained(tmp_path).speculation_config.cuda_graphs
     seen = [weakref.ref(one) for _, one in pool.idle] + [weakref.ref(one.arena) for _, one in pool.idle]
     del draft, pool
     captured.clear()

@@ -53,11 +53,11 @@ def test_measure(llama, tokenizer):
     assert {row["mode"] for row in rows} == {"greedy", "coupled", "uncoupled"} and len(rows) == 6
     taus, mean = mean_tau(rows, "greedy")
     assert set(taus) == {"qa", "rag"} and mean == pytest.approx(sum(taus.values()) / 2) and mean >= 1
-    assert draft.config.coupled_drafting
+    assert draft.speculation_config.coupled_drafting
     for row in rows:  # what decoding would have recorded, the noise of that very prompt included
         inputs = encode_chat(tokenizer, [{"role": "user", "content": ("why", "who")[row["prompt"]]}])
         torch.manual_seed(row["prompt"])
-        draft.config.coupled_drafting = row["mode"] == "coupled"
+        draft.speculation_config.coupled_drafting = row["mode"] == "coupled"
         out = llama.generate(
             **inputs, assistant_model=draft, do_sample=row["mode"] != "greedy", top_k=0, max_new_tokens=20,
             return_dict_in_generate=True,

@@ -39,7 +39,10 @@ def test_a_flat_draft_is_sharpened(llama, monkeypatch):
     draft = fresh_draft(llama)
     fitted = given(monkeypatch, draft, factor=2.0)
     assert fitted["sharpness"] == 2.0 and fitted["hit"] == 1.0 > fitted["hit_before"]
-    assert draft.config.coupling_sharpness == 2.0 and draft.config.coupling_kappa == fitted["kappa"]
+    assert (
+        draft.speculation_config.coupling_sharpness == 2.0
+        and draft.speculation_config.coupling_kappa == fitted["kappa"]
+    )
 
 
 def test_an_unreliable_draft_is_believed_less(llama, monkeypatch):

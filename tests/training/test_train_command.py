@@ -49,9 +49,9 @@ def test_provenance(command, files, tmp_path, capsys):
     told = read_provenance(tmp_path / "draft" / "training.json")
     draft = FSPADDraftModel.from_pretrained(tmp_path / "draft")
     assert told["weights_sha256"] == draft.config.weights_sha256 and told["weights_of_step"] == told["best_step"]
-    assert told["coupling_kappa"] == draft.config.coupling_kappa
+    assert told["coupling_kappa"] == draft.speculation_config.coupling_kappa
     assert 0 < told["coupling_positions"] < 100
-    assert told["coupling_sharpness"] == draft.config.coupling_sharpness
+    assert told["coupling_sharpness"] == draft.speculation_config.coupling_sharpness
     assert told["target"] == "target" and told["data"] == ["ids.npy"] and told["schedule"] == "linear"
     assert (told["rows"], told["held_out_rows"], told["tokens"], told["epochs"]) == (38, 2, 38 * 40, 0.32)
     assert [told[option.strip("-").replace("-", "_")] for option in beyond[::2]] == [2, 0.5, 0.3, 5]

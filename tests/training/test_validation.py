@@ -132,7 +132,7 @@ def test_sampled_text_is_measured_as_it_was_decoded(llama):
     for seed in range(5):
         prompt = torch.randint(3, 64, (1, 4), generator=torch.Generator().manual_seed(seed))
         for coupled in (True, False):
-            draft.config.coupled_drafting = coupled
+            draft.speculation_config.coupled_drafting = coupled
             torch.manual_seed(seed)
             out = llama.generate(
                 prompt, assistant_model=draft, do_sample=True, top_k=0, temperature=1.0, max_new_tokens=61,
