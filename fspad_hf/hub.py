@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 from .cards import count_parameters, make_card, read_provenance, read_results
 from .configuration_fspad import FSPADConfig
 from .pretrained import draft_config
+from .speculation_config import FILE
 from .weights import INDEX, check_weights, is_weights, weight_files
 
 CARD, PROVENANCE = "README.md", "training.json"
 UPLOADED = (  # besides the weights: what loading reads, and what tells where the draft comes from
-    "config.json", "generation_config.json", INDEX, "tokenizer*.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.*", "additional_chat_templates/*.jinja",
+    "config.json", FILE, "generation_config.json", INDEX, "tokenizer*.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.*",
+    "additional_chat_templates/*.jinja",
     PROVENANCE, "LICENSE*",
 )  # fmt: skip
 

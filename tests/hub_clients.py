@@ -241,7 +241,11 @@ def offline(step, folder: Path) -> None:
     @step
     def commands():
         models = loading.load_models(draft="alice/draft", device="cpu", dtype="float32")
-        return models.target_name, models.target.name_or_path, models.draft.speculation_config.tree_depth
+        return (
+            models.target_name,
+            models.target.name_or_path,
+            models.draft.speculation_settings(models.target.device).tree,
+        )
 
     step(lambda: FSPADDraftModel.load_pair("alice/nobody"), "missing")
 

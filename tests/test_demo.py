@@ -121,7 +121,7 @@ def test_streamer_waits_for_whole_characters():
         ({"json_file": "no/such/folder/x.json"}, "json_file='no/such/folder/x.json' cannot be written"),
         ({"json_file": os.curdir}, "not a regular file"),
         ({"tree_depth": 0}, "tree_depth=0"),
-        ({"tree_nodes": 999}, "tree_total_nodes=999"),
+        ({"tree_nodes": 9999}, "tree_total_nodes=9999"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_obtained(saved, bad, message):

@@ -304,10 +304,11 @@ def test_api_names_every_public_name_and_nothing_else():
     assert re.findall(r"^\| `(\w+)`", table, re.M) and set(re.findall(r"^\| `(\w+)`", table, re.M)) == set(
         fspad_hf.__all__
     )
-    fields = text.split("### FSPADConfig\n")[1].split("The tree and coupling")[0]
-    for row in re.findall(r"^\| (`[^|]+) \|", fields, re.M):
-        for name in re.findall(r"`(\w+)`", row):
-            assert name in fspad_hf.FSPADConfig.__annotations__, name
+    for config in (fspad_hf.FSPADConfig, fspad_hf.SpeculationConfig):
+        fields = text.split(f"### {config.__name__}\n")[1].split("###")[0]
+        named = {name for row in re.findall(r"^\| (`[^|]+) \|", fields, re.M) for name in re.findall(r"`(\w+)`", row)}
+        assert named and named <= config.__annotations__.keys(), named
+    assert named == fspad_hf.SpeculationConfig.__annotations__.keys()
 
 
 def test_api_signatures_are_those_of_the_code():

@@ -131,8 +131,8 @@ class TestPush:
     def test_a_branch_and_a_pull_request_leave_main_alone(self, hub, published):
         repo = hub.repos["alice/draft"]
         assert sorted(repo.refs) == ["main", "refs/pr/1", "wide"]
-        depths = {ref: json.loads(repo.files(ref)["config.json"]).get("tree_depth") for ref in repo.refs}
-        assert depths == {"main": 6, "refs/pr/1": 2, "wide": 2}
+        depths = {ref: json.loads(repo.files(ref)["speculation_config.json"]).get("tree_depth") for ref in repo.refs}
+        assert depths == {"main": None, "refs/pr/1": 2, "wide": 2}
         assert published["pull_request"].endswith("/alice/draft/discussions/1")
         assert repo.files("wide")["README.md"] == repo.files("main")["README.md"]  # kept: it was there
 
@@ -179,7 +179,7 @@ class TestPush:
 class TestLoad:
     def test_pair_auto_class_pipeline_and_quick_start(self, hub, published, consumed):
         whole = consumed["after_a_killed_download"]
-        assert (whole["sha256"], whole["depth"]) == (published["first"]["sha256"], 6)
+        assert (whole["sha256"], whole["depth"]) == (published["first"]["sha256"], None)
         assert consumed["auto"] == whole["sum"]
         assert consumed["pair"] == ["alice/target", "rs", True]
         assert consumed["pipelines"] is True
@@ -276,6 +276,6 @@ class TestLoad:
         assert asked == []
         assert said["pair"] == ["rs", consumed["after_a_killed_download"]["sum"]]
         assert said["pipelines"] == ["FSPADDraftModel", 1]
-        assert said["commands"] == ["alice/target", "alice/target", 2]  # the CPU's tree
+        assert said["commands"] == ["alice/target", "alice/target", "auto"]
         assert failed(said["missing"], "OSError", "offline mode")
         assert failed(said["changed_in_the_cache"], "OSError", "were changed", "weights_sha256=")

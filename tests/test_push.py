@@ -191,7 +191,7 @@ class TestPush:
         draft.push_to_hub("alice/x")
         (folder / "generation_config.json").write_text('{"temperature": 0.6}')
         hub.push_folder(folder, "alice/y")
-        config = json.loads(local_hub.repos["alice/x"].files()["config.json"])
+        config = json.loads(local_hub.repos["alice/x"].files()["speculation_config.json"])
         assert (config["tree_depth"], config["coupled_drafting"], config["tree"]) == (3, False, "fixed")
         assert json.loads(local_hub.repos["alice/y"].files()["generation_config.json"]) == {"temperature": 0.6}
 

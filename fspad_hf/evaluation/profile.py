@@ -147,7 +147,7 @@ class Profile:
     def __init__(
         self, target: PreTrainedModel, draft: FSPADDraftModel, inputs: Sequence[dict], settings: ProfileSettings
     ):
-        settings.check(draft.config)
+        settings.check(draft.speculation_settings(target.device))
         if (why := probe(target).reason) is not None:
             raise ValueError(f"{type(target).__name__} generates without speculation, because {why}: nothing to time.")
         self.target, self.draft, self.inputs, self.settings = target, draft, list(inputs), settings

@@ -13,7 +13,7 @@ from ..demo_target import released_draft
 from ..loading import encode_chat, load_models, tree_settings
 from ..modeling_fspad import config_for_target
 from ..runtime import quiet_transformers, resolve_device, resolve_dtype, status, writable_file, write_json
-from ..speculation_config import FIELDS, SpeculationConfig
+from ..speculation_config import FIELDS, RANGES, SpeculationConfig
 from .bench import describe_machine
 from .forcing import total_tokens
 from .profile import PEERS, ProfileSettings, profile
@@ -151,10 +151,8 @@ def _measured(target, draft, inputs, settings, target_name, draft_name) -> dict:
             stack.enter_context(status(what))
 
         found = profile(target, draft, inputs, settings, report)
-    tree = {
-        name: getattr(draft.config, name)
-        for name in ("tree_depth", "tree_top_k", "tree_total_nodes", "tree_lookup_tokens")
-    }
+    speculation = draft.speculation_settings(target.device)
+    tree = {name: getattr(speculation, name) for name in RANGES}
     return {
         "target": target_name, "draft": draft_name, "tree": tree, "draft_vocab_size": draft.config.draft_vocab_size,
         "dtype": str(target.dtype).removeprefix("torch."),

@@ -26,6 +26,7 @@ from ..evaluation.spec_bench import read_questions
 from ..modeling_fspad import FSPADDraftModel
 from ..pretrained import draft_config
 from ..runtime import changed_settings, counted, duration, quiet_transformers, status, write_file, write_json
+from ..speculation_config import SpeculationConfig
 from .acceptance import KnownAnswer, known_answers, mean_tau, simulate_answer
 from .checkpoints import has_checkpoint
 from .config import MAY_CHANGE, DataConfig, TrainingConfig
@@ -179,8 +180,8 @@ def _wanted(draft: Draft, target: str, data: DataConfig, dtype: torch.dtype, tra
 def _check_trained(draft: Draft, wanted: dict) -> None:
     if (told := draft.provenance()) is None:
         return
-    config = draft_config(draft.folder)
-    told |= {f"draft_{name}": getattr(config, name) for name in draft.fields}
+    saved = vars(draft_config(draft.folder)) | vars(SpeculationConfig.from_pretrained(draft.folder))
+    told |= {f"draft_{name}": saved[name] for name in draft.fields}
     if changes := changed_settings({name: told.get(name) for name in wanted}, wanted):
         raise ValueError(
             f"The draft in {str(draft.folder)!r} was trained with other settings ({changes}): repeat the first ones "

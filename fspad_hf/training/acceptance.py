@@ -5,7 +5,7 @@ all tokens come from one forward, the trees are grown by [`many_trees`] as decod
 known tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,7 @@ def simulate(
     noise: KnownNoise | None = None,
     logits_processor: LogitsProcessorList | None = None,
     features: torch.Tensor | None = None,
+    ends: Container[int] | None = None,
 ) -> SpeculationRecord:
     """
     The record that `generate(assistant_model=draft)` would have made of emitting `sequence`, round for round, with the
@@ -67,6 +68,7 @@ def simulate(
         noise: the rows of a sampled continuation, for coupled drafting; its first row decided the first new token.
         logits_processor: the call's static warpers, for coupled drafting.
         features (`[1, length, hidden]`): the target's, if already at hand.
+        ends: the tokens that end an answer; by default those of the target's generation config.
     """
     found = probe(target)
     view = found.view(target)
@@ -81,7 +83,7 @@ def simulate(
     def limit(length: int, depth: int = fixed.shape.depth) -> int:
         return depth_limit(depth, length, 0, max_length, view.text_config)
 
-    lookup = PromptLookup(sequence[0, : prompt_length + 1].tolist(), _ends(target))
+    lookup = PromptLookup(sequence[0, : prompt_length + 1].tolist(), _ends(target) if ends is None else ends)
     emitter, record = KnownTokens(sequence[0].tolist(), prompt_length + 1), SpeculationRecord()
     grown, trees = range(0), None
     while not emitter.finished:

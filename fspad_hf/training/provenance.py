@@ -1,6 +1,7 @@
 """Where a draft comes from: what a checkpoint must agree with, and the training.json beside the weights."""
 
 import platform
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
@@ -36,11 +37,9 @@ def run_settings(
 ) -> dict[str, object]:  # fmt: skip
     """What the curve of losses is a function of, for [`Checkpoints`]."""
     settings = {name: value for name, value in vars(config).items() if name not in MAY_CHANGE}
-    shape = {
-        f"draft_{name.removeprefix('draft_')}": getattr(draft.config, name)
-        for name in FSPADConfig.__annotations__
-        if name not in LEARNT
-    }
+    fields = {name: getattr(draft.config, name) for name in FSPADConfig.__annotations__}
+    fields |= asdict(draft.speculation_config)
+    shape = {f"draft_{name.removeprefix('draft_')}": value for name, value in fields.items() if name not in LEARNT}
     return settings | {
         **_target_identity(target),
         "data_sha256": rows_sha256(rows),

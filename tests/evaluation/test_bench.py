@@ -92,7 +92,7 @@ def test_the_report_and_its_plots(run, models):
         root = ElementTree.parse(folder / plot).getroot()
         assert root.tag.endswith("svg") and "#ffffff" not in (folder / plot).read_text()  # no white card on black
     results = json.loads((folder / "results.json").read_text())
-    assert results["config"]["trees"] == {"FSPAD": [2, 3, 5, "lookup 8", "prepacked"]} and results["questions"] == 4
+    assert results["config"]["trees"] == {"FSPAD": [3, 4, 12]} and results["questions"] == 4
     card = read_results(folder / "results.json")
     taus = results["figures"]["greedy"]["FSPAD"]["tasks"]
     assert {task: values["tau"] for task, values in card.tasks.items()} == {

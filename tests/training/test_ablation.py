@@ -98,7 +98,7 @@ def test_the_drafts_differ_in_their_parts_alone(done):
         assert len({tuple(about[name] for name in same) for about in trained}) == 1
     assert len({told(folder, name)["weights_sha256"] for name in NAMES}) == 8
     for name in NAMES:
-        assert {key: configs[name][key] for key in TREE} == TREE
+        assert told(folder, name, "speculation_config.json").items() >= TREE.items()
 
 
 def test_answers_are_decoded_once_a_temperature_and_simulated_by_every_draft(done, files, llama, tokenizer):

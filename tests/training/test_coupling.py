@@ -81,7 +81,7 @@ def test_nothing_to_fit_on(llama):
         fit_coupling(fresh_draft(llama), llama, torch.ones(2, 9).long(), torch.zeros(2, 9, dtype=torch.bool))
 
 
-def test_the_command_rewrites_the_config_alone(llama, tokenizer, tmp_path, capsys):
+def test_the_command_rewrites_the_settings_alone(llama, tokenizer, tmp_path, capsys):
     target, folder = tmp_path / "target", tmp_path / "draft"
     llama.save_pretrained(target), tokenizer.save_pretrained(target)
     draft = fresh_draft(llama)
@@ -92,12 +92,10 @@ def test_the_command_rewrites_the_config_alone(llama, tokenizer, tmp_path, capsy
     command = ["calibrate", "--target", str(target), "--draft", str(folder), "--data", str(tmp_path / "rows.npy")]
     assert main(command) == 0
     after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert [name for name in before if before[name] != after[name]] in ([], ["config.json"])
-    config = json.loads(after["config.json"])
-    assert (config["coupling_sharpness"], config["coupling_kappa"]) != (1.0, 1.0)
-    assert {k: v for k, v in config.items() if "coupling" not in k} == {
-        k: v for k, v in json.loads(before["config.json"]).items() if "coupling" not in k
-    }
+    assert [name for name in before if before[name] != after[name]] == ["speculation_config.json"]
+    settings, earlier = (json.loads(files["speculation_config.json"]) for files in (after, before))
+    assert (settings["coupling_sharpness"], settings["coupling_kappa"]) != (1.0, 1.0)
+    assert {k: v for k, v in settings.items() if "coupling" not in k} == earlier
     assert FSPADConfig.from_pretrained(folder).architectures == ["FSPADDraftModel", "AutoModelForCausalLM"]
     assert main([*command[:-1], str(tmp_path / "none.npy")]) == 2
     assert "none.npy" in capsys.readouterr().err

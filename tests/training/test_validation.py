@@ -72,7 +72,7 @@ class OraclesTrees:
     def __init__(self, oracle, places, shape):
         self.oracle, self.places, self.depth = oracle, places, shape.depth
 
-    def tree(self, number, root):
+    def tree(self, number, root, total):
         before = SimpleNamespace(cache=SimpleNamespace(length=self.places[number] + 1))
         return self.oracle.grow(before, torch.tensor(root), self.depth)
 
