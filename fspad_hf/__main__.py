@@ -2,6 +2,6 @@
 
 import sys
 
-from .cli import main
+from fspad_hf_cli import main
 
 sys.exit(main())

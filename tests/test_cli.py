@@ -1,12 +1,15 @@
 import importlib
 import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fspad_hf
-from fspad_hf import FSPADDraftModel, cli, demo
+import fspad_hf_cli as cli
+from fspad_hf import FSPADDraftModel, demo
 
 from . import tiny
 from .conftest import fresh_draft
@@ -28,11 +31,38 @@ def test_version_and_help(capsys):
         assert left.value.code == 0 and shown in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [[], ["dance"], ["demo", "--max-new-tokens", "many"]])
-def test_usage_errors_exit_with_2(arguments, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "required: COMMAND"), (["dance"], "'dance' is no command; see fspad-hf --help"),
+        (["becnh", "--seed", "1"], "error: 'becnh' is no command: did you mean 'bench'?"),
+        (["export-custom-genrate", "x"], "did you mean 'export-custom-generate'?"),
+        (["demo", "--max-new-tokens", "many"], "invalid int value: 'many'"),
+    ],
+)  # fmt: skip
+def test_usage_errors_exit_with_2(arguments, said, capsys):
     with pytest.raises(SystemExit) as left:
         cli.main(arguments)
-    assert left.value.code == 2 and "usage: fspad-hf" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert left.value.code == 2 and "usage: fspad-hf" in printed and said in printed
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], ["train", "--help"], ["dance"], ["train", "--seed", "x"]]
+)
+def test_what_runs_no_command_imports_nothing_heavy(arguments):
+    """As the console script starts: torch and transformers take seconds, this should take none."""
+    code = (
+        "import atexit, sys, fspad_hf_cli\n"
+        "heavy = ('fspad_hf', 'torch', 'transformers', 'huggingface_hub', 'rich')\n"
+        "atexit.register(lambda: print('HEAVY', [name for name in heavy if name in sys.modules]))\n"
+        "sys.exit(fspad_hf_cli.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60)
+    assert done.returncode == (0 if arguments[-1] in ("--help", "--version") else 2), done.stderr
+    assert done.stdout.endswith("HEAVY []\n")
+    project = (Path(cli.__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'fspad-hf = "fspad_hf_cli:main"' in project
 
 
 @pytest.mark.parametrize(
@@ -106,6 +136,6 @@ def test_commands_with_a_draft_alone_take_the_target_that_it_names(tmp_path, mon
     for command, rest in DRAFT_ALONE.items():
         assert cli.main([command, *rest.split(), "--draft", "d", "--device", "cpu"]) == 2
         assert "error: asked for alice/target beside d\n" in capsys.readouterr().err, command
-    modules = [importlib.import_module(f"fspad_hf.commands.{name.replace('-', '_')}") for name in cli.COMMANDS]
+    modules = [importlib.import_module(f"fspad_hf_cli.commands.{name.replace('-', '_')}") for name in cli.COMMANDS]
     takers = {n for n, m in zip(cli.COMMANDS, modules, strict=True) if "add_model_arguments" in vars(m)}
     assert takers == DRAFT_ALONE.keys()

@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
-from fspad_hf import cli, demo_target
+import fspad_hf_cli as cli
+from fspad_hf import demo_target
 from fspad_hf.demo import run_demo
 from fspad_hf.evaluation.divergence import first_divergence
 from fspad_hf.runtime import is_exact, resolve_device, resolve_dtype

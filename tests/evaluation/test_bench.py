@@ -16,12 +16,12 @@ from transformers import CompileConfig
 
 from fspad_hf import FSPADConfig
 from fspad_hf.cards import make_card, read_results
-from fspad_hf.cli import main
 from fspad_hf.evaluation import bench, peers
 from fspad_hf.evaluation import run as bench_run
 from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.peers import Method
 from fspad_hf.generation import hook
+from fspad_hf_cli import main
 
 from .. import tiny
 from ..conftest import fresh_draft

@@ -13,7 +13,6 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from transformers import CompileConfig
 
-from fspad_hf.cli import main
 from fspad_hf.evaluation import peers, profile_run
 from fspad_hf.evaluation import profile as module
 from fspad_hf.evaluation.forcing import forced, plan, total_tokens
@@ -29,6 +28,7 @@ from fspad_hf.generation.graphs import GraphRounds
 from fspad_hf.generation.rounds import Rounds
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import CandidateTree
+from fspad_hf_cli import main
 
 from .. import tiny
 from ..conftest import fresh_draft, rng_state

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fspad_hf import FSPADCandidateGenerator, runtime
-from fspad_hf.cli import main
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
 from fspad_hf.loading import encode_chat
 from fspad_hf.training import many_trees
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
 from fspad_hf.training.many_trees import ManyTrees
+from fspad_hf_cli import main
 
 from ..conftest import fresh_draft
 

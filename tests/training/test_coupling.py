@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from fspad_hf import FSPADConfig
-from fspad_hf.cli import main
 from fspad_hf.training import coupling
 from fspad_hf.training.coupling import fit_coupling
+from fspad_hf_cli import main
 
 from ..conftest import fresh_draft
 

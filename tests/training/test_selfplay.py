@@ -7,7 +7,6 @@ import torch
 import transformers as tf
 
 import fspad_hf
-from fspad_hf.cli import main
 from fspad_hf.training import decode_loop, shards
 from fspad_hf.training.data import span_mask
 from fspad_hf.training.decode_loop import SelfplayDecoder, TurnTables
@@ -20,6 +19,7 @@ from fspad_hf.training.exclusion import (
 )
 from fspad_hf.training.selfplay import RowFilter, SelfplayConfig, eos_ids, selfplay
 from fspad_hf.training.templates import assistant_span, derive_glue, special_ids, template_sha256
+from fspad_hf_cli import main
 
 from .. import tiny
 from .chat import CHATML, TEMPLATES, chat_tokenizer, talker

@@ -14,10 +14,10 @@ from rich.console import Console
 
 from fspad_hf import FSPADConfig, FSPADDraftModel
 from fspad_hf.cards import read_provenance
-from fspad_hf.cli import main
 from fspad_hf.training import checkpoints, run, tracking, trainer
 from fspad_hf.training.config import TrainingConfig, read_config_file
 from fspad_hf.training.schedule import learning_rate_at
+from fspad_hf_cli import main
 
 from .runs import shown_steps, write_files
 

@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..training.acceptance import run_acceptance
+    from fspad_hf.training.acceptance import run_acceptance
 
     run_acceptance(**options)
     return 0

@@ -97,8 +97,8 @@ def take_configs(options: dict) -> dict:
     """The arguments of `run_training` that the options mean: `config`, `data`, `dtype`, and the others as they are."""
     import os
 
-    from ..runtime import resolve_dtype
-    from ..training.config import DataConfig, TrainingConfig
+    from fspad_hf.runtime import resolve_dtype
+    from fspad_hf.training.config import DataConfig, TrainingConfig
 
     rest = {"mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), **options}
     config, data = (
@@ -109,8 +109,8 @@ def take_configs(options: dict) -> dict:
 
 
 def _run(file: str | None, plan: bool, options: dict) -> int:
-    from ..training.config import DataConfig, TrainingConfig, read_config_file
-    from ..training.run import run_training
+    from fspad_hf.training.config import DataConfig, TrainingConfig, read_config_file
+    from fspad_hf.training.run import run_training
 
     kinds = (TrainingConfig, DataConfig)
     others = {"target", "rows", "target_name", "dtype", "device_map", "draft_vocab_size", "keep_features"}

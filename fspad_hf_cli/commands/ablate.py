@@ -19,7 +19,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..training.ablation import run_ablation
+    from fspad_hf.training.ablation import run_ablation
 
     def work() -> int:
         run_ablation(**take_configs(options))

@@ -18,7 +18,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..training.coupling import run_calibration
+    from fspad_hf.training.coupling import run_calibration
 
     run_calibration(**options)
     return 0

@@ -1,7 +1,8 @@
 """The commands of `fspad-hf`, a module each.
 
 Each module has `ABOUT` (one line), `add_arguments(parser)` and `run(**options) -> int`, whose exit status is 0 for
-done and 1 for a failure found. A module imports what it needs when it runs, so that `--help` needs no extra.
+done and 1 for a failure found. A module imports what it needs when it runs, so that `--help` needs no extra and no
+time.
 """
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..evaluation.run import run_bench
+    from fspad_hf.evaluation.run import run_bench
 
     options.pop("suite")
     results = run_bench(**options)
