@@ -118,7 +118,7 @@ def test_python_dash_m(monkeypatch, capsys):
 
 DRAFT_ALONE = {
     "demo": "", "chat": "", "explain": "Why? --output rounds.html", "verify": "", "bench": "--output results",
-    "profile": "", "acceptance": "--questions q.jsonl", "calibrate": "--data rows.npy",
+    "profile": "", "acceptance": "", "calibrate": "--data rows.npy",
 }  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def test_commands_with_a_draft_alone_take_the_target_that_it_names(tmp_path, mon
         raise OSError(f"asked for {target} beside {draft}")
 
     monkeypatch.setattr(FSPADDraftModel, "load_pair", load_pair)
-    monkeypatch.setattr("fspad_hf.evaluation.run.published_questions", lambda: tmp_path / "q.jsonl")
+    monkeypatch.setattr("fspad_hf.evaluation.spec_bench.published_questions", lambda: tmp_path / "q.jsonl")
     for command, rest in DRAFT_ALONE.items():
         assert cli.main([command, *rest.split(), "--draft", "d", "--device", "cpu"]) == 2
         assert "error: asked for alice/target beside d\n" in capsys.readouterr().err, command

@@ -120,7 +120,8 @@ def stock(tmp_path_factory, tokenizer):
     np.save(folder / "files" / "rows.npy", rows)
     categories = ("writing", "translation", "summarization", "qa", "math_reasoning", "rag")
     lines = [json.dumps({"category": category, "turns": ["Why?", "And then?"]}) for category in categories]
-    (folder / "files" / "question.jsonl").write_text("\n".join(lines))
+    for place in (folder / "files" / "question.jsonl", folder / "cache" / "spec_bench_question.jsonl"):
+        place.write_text("\n".join(lines))
     return folder
 
 

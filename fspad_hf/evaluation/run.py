@@ -20,7 +20,7 @@ from ..runtime import is_exact, quiet_transformers, status, write_json
 from .bench import Bench, BenchConfig, RecordFile, describe_machine
 from .peers import METHOD_NAMES, MODES, load_assistant, make_methods
 from .report import MODE_TITLES, results_table, write_report
-from .spec_bench import Question, published_questions, read_prompts, read_questions
+from .spec_bench import Question, read_prompts, read_questions
 from .summary import summarise
 
 SECONDS_A_REFRESH = 0.5  # summing up thousands of records takes a while
@@ -71,7 +71,7 @@ def run_bench(
     _check(modes, max_new_tokens, turns)
     named = _names(drafts or [""])
     folder = _writable_folder(output)
-    asked = read_prompts(prompts) if prompts else read_questions(questions or published_questions(), per_task, tasks)
+    asked = read_prompts(prompts) if prompts else read_questions(questions, per_task, tasks)
     for draft in named.values():
         if draft:
             draft_config(draft)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from ..evaluation.spec_bench import read_questions
 from ..generation.decoding import SpeculationRecord
 from ..generation.lookup import PromptLookup
 from ..generation.probe import probe
@@ -248,15 +249,14 @@ def mean_tau(rows: list[dict], mode: str) -> tuple[dict[str, float], float]:
 
 
 def run_acceptance(
-    target: str | None, draft: str | None, questions: str, per_task: int, max_new_tokens: int, dtype: str | None,
-    device: str | None, json_file: str | None, seed: int = 0,
+    target: str | None, draft: str | None, questions: str | None, per_task: int, max_new_tokens: int,
+    dtype: str | None, device: str | None, json_file: str | None, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
     """`fspad-hf acceptance`: tau on the first turns of Spec-Bench questions, printed as a table."""
     from rich.console import Console
     from rich.table import Table
 
     from ..evaluation.report import MODE_TITLES
-    from ..evaluation.spec_bench import read_questions
 
     json_file = writable_file(json_file) if json_file is not None else None
     asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]

@@ -37,3 +37,8 @@ def add_tree_arguments(parser):
         "--tree", choices=("fixed", "auto"),
         help="auto: each round's tree is the one, up to that size, that promises most tokens a second",
     )  # fmt: skip
+
+
+def add_questions_argument(parser):
+    """`--questions`, as [`fspad_hf.evaluation.spec_bench.read_questions`] takes it."""
+    parser.add_argument("--questions", metavar="FILE", help="Spec-Bench's question.jsonl (default: downloaded once)")
