@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -92,7 +93,8 @@ def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
     from rich.progress import MofNCompleteColumn, Progress
 
     console, done, began = Console(stderr=True), 0, time.perf_counter()
-    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    bar = Progress(*columns, console=console, speed_estimate_period=math.inf)  # by default no time left after 30 s
     task = bar.add_task(what, total=total)
 
     def advance() -> None:
@@ -101,11 +103,15 @@ def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
         if console.is_terminal:
             bar.advance(task)
         elif done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
-            left = (total - done) * (time.perf_counter() - began) / done
-            console.out(f"{what} {done}/{total}, {duration(left)} left", highlight=False)
+            console.out(f"{what} {done}/{total}, {time_left(began, done, total)}", highlight=False)
 
     with bar if console.is_terminal else contextlib.nullcontext():
         yield advance
+
+
+def time_left(began: float, done: int, total: int) -> str:
+    """ "3 min 05 s left", by `done` of `total` since `began` (of `time.perf_counter`)."""
+    return f"{duration((total - done) * (time.perf_counter() - began) / done)} left"
 
 
 def duration(seconds: float) -> str:

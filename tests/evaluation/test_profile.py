@@ -249,9 +249,11 @@ def test_captured_rounds_beside_eager_ones(llama, prompt, small, captured, tau, 
         if tau is not None:
             assert found["tau"] == eager["tau"] == tau
     for title, table in profile_tables(result):
-        Console(file=(shown := io.StringIO()), width=200).print(title, table)
-        assert title != "A round" or "T = 0, graph, ms" in shown.getvalue()
-        assert "at least" not in shown.getvalue() or "graph round, T = 0" in shown.getvalue()
+        Console(file=(shown := io.StringIO()), width=80).print(title, table)
+        shown = shown.getvalue()
+        assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+        assert ("verify graph" in shown) == (title == "A round as CUDA graphs")
+        assert "at least" not in shown or "graph round" in shown
     save_plot(result, tmp_path / "rounds.svg")
     assert "T = 1, graph" in (tmp_path / "rounds.svg").read_text()
 
