@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .demo_target import demo_target, released_draft
 from .modeling_fspad import FSPADDraftModel
 from .pretrained import draft_config, named_target
-from .runtime import quiet_transformers, resolve_device, resolve_dtype, status
+from .runtime import check_reachable, quiet_transformers, resolve_device, resolve_dtype, status
 
 # a CPU pays for every row it verifies, and for every level it drafts; what is looked up costs no level
 CPU_TREE = {"tree_depth": 2, "tree_top_k": 3, "tree_total_nodes": 5, "tree_lookup_tokens": 8}
@@ -57,8 +57,10 @@ def load_models(
     trees = tree_changes(place, tree_depth, tree_top_k, tree_nodes, tree_lookup, tree) if cpu_tree else {}
     with quiet_transformers():
         draft_name = draft or str(released_draft())
+        check_reachable(draft_name, "draft")
         config = draft_config(draft_name, trees)
         target_name = target or (named_target(draft, config) if draft else str(demo_target()))
+        check_reachable(target_name, "target")
         with status(f"Loading {target_name} and {draft_name}"):
             model, tokenizer, loaded = FSPADDraftModel.load_pair(
                 draft_name, target=target_name, config=config, dtype=precision

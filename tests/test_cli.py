@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fspad_hf
 import fspad_hf_cli as cli
-from fspad_hf import FSPADDraftModel, demo
+from fspad_hf import FSPADDraftModel, demo, runtime
 
 from . import tiny
 from .conftest import fresh_draft
@@ -132,6 +133,7 @@ def test_commands_with_a_draft_alone_take_the_target_that_it_names(tmp_path, mon
         raise OSError(f"asked for {target} beside {draft}")
 
     monkeypatch.setattr(FSPADDraftModel, "load_pair", load_pair)
+    monkeypatch.setattr("fspad_hf.loading.check_reachable", lambda *_: None)
     monkeypatch.setattr("fspad_hf.evaluation.spec_bench.published_questions", lambda: tmp_path / "q.jsonl")
     for command, rest in DRAFT_ALONE.items():
         assert cli.main([command, *rest.split(), "--draft", "d", "--device", "cpu"]) == 2
@@ -139,3 +141,48 @@ def test_commands_with_a_draft_alone_take_the_target_that_it_names(tmp_path, mon
     modules = [importlib.import_module(f"fspad_hf_cli.commands.{name.replace('-', '_')}") for name in cli.COMMANDS]
     takers = {n for n, m in zip(cli.COMMANDS, modules, strict=True) if "add_model_arguments" in vars(m)}
     assert takers == DRAFT_ALONE.keys()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --target nope --data rows.npy --output out", "train --target d --start-from nope --data r --output out",
+        "selfplay --target nope --output out", "demo --target nope", "demo --draft nope", "explain x --draft nope "
+        "--output x.svg", "bench --draft nope --output out", "acceptance --target nope", "profile --target nope",
+        "ablate --target nope --data rows.npy --output out", "verify --target nope", "chat --target nope",
+    ],
+)  # fmt: skip
+def test_a_hub_that_cannot_be_reached_is_asked_once(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    asked = []
+
+    def unreachable(url):
+        asked.append(url)
+        raise ConnectionRefusedError("nobody there")
+
+    questions = tmp_path / "spec_bench_question.jsonl"
+    questions.write_text('{"category": "qa", "turns": ["Why?"]}')
+    monkeypatch.setenv("FSPAD_HF_CACHE", str(tmp_path))
+    monkeypatch.setattr(runtime, "get_hf_file_metadata", unreachable)
+    for loader in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        original = loader.from_pretrained
+
+        def local(name, *args, original=original, **kwargs):
+            assert Path(name).exists(), f"{name} was asked for"
+            return original(name, *args, **kwargs)
+
+        monkeypatch.setattr(loader, "from_pretrained", local)
+    assert cli.main(command.split()) == 2
+    said = capsys.readouterr().err
+    assert len(asked) == 1 and said.count("error:") == 1 == len(said.splitlines()), said
+    assert "'nope' is no folder here, is not in the cache, and the Hub cannot be asked for it (nobody there)" in said
+
+
+def test_a_hub_that_answers_is_left_to_the_loaders(local_hub, tmp_path):
+    runtime.check_reachable(tmp_path, "target")
+    runtime.check_reachable("alice/nothing", "target")
+    local_hub.create("alice/there", {"config.json": b"{}"})
+    runtime.check_reachable("alice/there", "target")
+    with pytest.raises(OSError, match="draft='a/b/c' is no folder here"):
+        runtime.check_reachable("a/b/c", "draft")

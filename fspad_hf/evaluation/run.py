@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..generation.tree import TreeShape
 from ..loading import Models, load_draft, load_models
 from ..pretrained import draft_config
-from ..runtime import is_exact, quiet_transformers, status, time_left, write_json
+from ..runtime import check_reachable, is_exact, quiet_transformers, status, time_left, write_json
 from .bench import Bench, BenchConfig, RecordFile, describe_machine
 from .peers import METHOD_NAMES, MODES, load_assistant, make_methods
 from .report import MODE_TITLES, results_table, write_report
@@ -75,6 +75,7 @@ def run_bench(
     asked = read_prompts(prompts) if prompts else read_questions(questions, per_task, tasks)
     for draft in named.values():
         if draft:
+            check_reachable(draft, "draft")
             draft_config(draft)
     models = load_models(target, next(iter(named.values())) or None, device, dtype, **trees)
     loaded = {name: models.draft if i == 0 else load_draft(path, models, **trees)
