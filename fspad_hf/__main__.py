@@ -1,4 +1,4 @@
-"""`python -m fspad_hf` is `fspad-hf`."""
+"""`python -m fspad_hf` is `fspad-hf`, after the seconds that importing this package takes."""
 
 import sys
 

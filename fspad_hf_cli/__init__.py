@@ -70,7 +70,8 @@ class _Version(argparse.Action):
     """As `action="version"`, but the version is looked up when it is asked for: a bare checkout has no metadata."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        print(f"fspad-hf {metadata.version('fspad_hf')}")
+        imported = sys.modules.get("fspad_hf")  # as by `python -m fspad_hf`
+        print("fspad-hf", imported.__version__ if imported else metadata.version("fspad_hf"))
         parser.exit()
 
 
