@@ -153,7 +153,7 @@ def run_calibration(
 
 
 def _listed(values: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def _check_folder(draft: str) -> None:
