@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     from transformers import AutoTokenizer
 
     from fspad_hf.demo_target import demo_target, released_draft
-    from fspad_hf.evaluation.spec_bench import published_questions, read_questions
+    from fspad_hf.evaluation.spec_bench import read_questions
 
     target, draft = args.target or str(demo_target()), args.draft or str(released_draft())
     tokenizer = AutoTokenizer.from_pretrained(target)
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         return answers
 
     seconds, tokens, same = [0.0, 0.0], [0, 0], []
-    questions = read_questions(args.questions or published_questions(), args.per_task)
+    questions = read_questions(args.questions, args.per_task)
     for number, question in enumerate([questions[0], *questions]):
         chat = [*question.opening, {"role": "user", "content": question.turns[0]}]
         answers = ask(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"])

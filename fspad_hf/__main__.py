@@ -1,7 +1,7 @@
-"""`python -m fspad_hf` is `fspad-hf`."""
+"""`python -m fspad_hf` is `fspad-hf`, after the seconds that importing this package takes."""
 
 import sys
 
-from .cli import main
+from fspad_hf_cli import main
 
 sys.exit(main())

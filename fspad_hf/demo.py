@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from statistics import mean
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from .evaluation.divergence import Divergence, first_divergence
+from .evaluation.report import figure_table
 from .loading import Models, encode_chat, load_models
 from .runtime import quiet_transformers, status, writable_file, write_json
 from .streaming import LEGEND, RunStreamer
@@ -155,7 +154,7 @@ def _describe(prompt: str, mode: str, found: Divergence) -> str:
     return f"{where}, {what} {found.gap:.3g} (FSPAD's token is the target's choice no. {found.other_rank + 1})"
 
 
-def _short(prompt: str, length: int = 18) -> str:
+def _short(prompt: str, length: int = 15) -> str:
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
 
@@ -165,12 +164,8 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 def _print_table(rows: list[dict], console: Console) -> None:
-    table = Table(box=box.SIMPLE, title="FSPAD against plain generate")
-    table.add_column("prompt", no_wrap=True)
-    table.add_column("mode", min_width=7)
-    for name in ("tokens", "plain\ntok/s", "FSPAD\ntok/s", "speed-up", "tau"):
-        table.add_column(name, justify="right", min_width=max(map(len, name.split("\n"))))
-    table.add_column("identical", min_width=9)
+    columns = ("prompt", "mode", "tokens", "plain\ntok/s", "FSPAD\ntok/s", "speed-up", "tau", "identical")
+    table = figure_table(*columns, words=2, title="FSPAD against plain generate")
     for row in rows:
         same = Text("yes", "green") if row["identical"] else Text("NO", "bold red")
         mode = "sampled" if row["do_sample"] else "greedy"

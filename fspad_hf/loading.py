@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .demo_target import demo_target, released_draft
 from .modeling_fspad import FSPADDraftModel
 from .pretrained import draft_config, named_target
-from .runtime import quiet_transformers, resolve_device, resolve_dtype, status
+from .runtime import check_reachable, quiet_transformers, resolve_device, resolve_dtype, status
 from .speculation_config import SpeculationConfig
 
 
@@ -45,8 +45,10 @@ def load_models(
     place, precision, settings = resolve_device(device), resolve_dtype(dtype, device), tree_settings(**trees)
     with quiet_transformers():
         draft_name = draft or str(released_draft())
+        check_reachable(draft_name, "draft")
         config = draft_config(draft_name)
         target_name = target or (named_target(draft, config) if draft else str(demo_target()))
+        check_reachable(target_name, "target")
         with status(f"Loading {target_name} and {draft_name}"):
             model, tokenizer, loaded = FSPADDraftModel.load_pair(draft_name, target=target_name, dtype=precision)
             loaded.speculation_config.update(**settings)

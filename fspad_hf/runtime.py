@@ -1,7 +1,8 @@
-"""What the commands share: devices and dtypes by name, quiet loading, files written whole."""
+"""What the commands share: devices, dtypes and models by name, quiet loading, files written whole."""
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 PROGRESS_LINES = 20
@@ -46,6 +49,31 @@ def resolve_dtype(dtype: str | torch.dtype | None = None, device: str | None = N
 def is_exact(device: str | None = None, dtype: str | None = None) -> bool:
     """Whether a differing token is a failure, as in float32 and float64; below them near ties may fall either way."""
     return resolve_dtype(dtype, device) in (torch.float32, torch.float64)
+
+
+def check_reachable(name: str | os.PathLike, option: str) -> None:
+    """
+    That a path or Hub id is a folder here, in the cache, or on a Hub that answers. It is asked once, where loading
+    would ask a Hub that cannot be reached a dozen times.
+
+    Args:
+        option: what the name was given as, for the message.
+
+    Raises:
+        OSError: it is none of them. What a Hub that answers lacks or refuses, loading tells.
+    """
+    if Path(name).exists():
+        return
+    try:
+        if try_to_load_from_cache(str(name), "config.json") is None:
+            get_hf_file_metadata(hf_hub_url(str(name), "config.json"))
+    except HfHubHTTPError:
+        return
+    except Exception as error:  # of an id that is none, of offline mode, of the HTTP library that the Hub's client has
+        raise OSError(
+            f"{option}={str(name)!r} is no folder here, is not in the cache, and the Hub cannot be asked for it "
+            f"({error}): check the path or Hub id, or go online."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -92,7 +120,8 @@ def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
     from rich.progress import MofNCompleteColumn, Progress
 
     console, done, began = Console(stderr=True), 0, time.perf_counter()
-    bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    bar = Progress(*columns, console=console, speed_estimate_period=math.inf)  # by default no time left after 30 s
     task = bar.add_task(what, total=total)
 
     def advance() -> None:
@@ -101,11 +130,15 @@ def counted(what: str, total: int) -> Iterator[Callable[[], None]]:
         if console.is_terminal:
             bar.advance(task)
         elif done * PROGRESS_LINES // total > (done - 1) * PROGRESS_LINES // total:
-            left = (total - done) * (time.perf_counter() - began) / done
-            console.out(f"{what} {done}/{total}, {duration(left)} left", highlight=False)
+            console.out(f"{what} {done}/{total}, {time_left(began, done, total)}", highlight=False)
 
     with bar if console.is_terminal else contextlib.nullcontext():
         yield advance
+
+
+def time_left(began: float, done: int, total: int) -> str:
+    """ "3 min 05 s left", by `done` of `total` since `began` (of `time.perf_counter`)."""
+    return f"{duration((total - done) * (time.perf_counter() - began) / done)} left"
 
 
 def duration(seconds: float) -> str:

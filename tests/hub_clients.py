@@ -24,7 +24,8 @@ def publish(step, folder: Path) -> None:
     """Everything that alice puts on the Hub; she is logged in through $HF_TOKEN."""
     from huggingface_hub import HfApi
 
-    from fspad_hf import FSPADDraftModel, cli
+    import fspad_hf_cli as cli
+    from fspad_hf import FSPADDraftModel
 
     from . import tiny
     from .conversion import reference
@@ -98,7 +99,8 @@ def consume(step, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, pipeline
 
     import fspad_hf
-    from fspad_hf import FSPADDraftModel, cli
+    import fspad_hf_cli as cli
+    from fspad_hf import FSPADDraftModel
     from fspad_hf.host import note_commit
 
     from .conversion import reference

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fspad_hf import cli
+import fspad_hf_cli as cli
 from fspad_hf.chat import run_chat
 from fspad_hf.loading import encode_chat
 

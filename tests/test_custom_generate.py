@@ -10,7 +10,8 @@ import transformers.dynamic_module_utils
 from transformers.generation.streamers import BaseStreamer
 
 import fspad_hf
-from fspad_hf import cli, install, uninstall
+import fspad_hf_cli as cli
+from fspad_hf import install, uninstall
 
 from . import tiny
 from .conftest import fresh_draft

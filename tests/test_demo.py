@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
-from fspad_hf import cli, demo_target
-from fspad_hf.demo import run_demo
+import fspad_hf_cli as cli
+from fspad_hf import demo_target
+from fspad_hf.demo import _print_table, run_demo
 from fspad_hf.evaluation.divergence import first_divergence
 from fspad_hf.runtime import is_exact, resolve_device, resolve_dtype
 from fspad_hf.streaming import RunStreamer
@@ -76,6 +77,17 @@ def test_a_terminal_gets_colours_and_one_token_gives_no_tau(saved):
     rows, printed = run(saved, terminal=True, max_new_tokens=1)
     assert "\x1b[" in printed
     assert [row["tau"] for row in rows] == [None, None]
+
+
+def test_the_table_fits_80_columns():
+    console = Console(file=io.StringIO(), width=80)
+    row = {"prompt": "Explain why the sky is blue.", "do_sample": True, "new_tokens": 128, "identical": True}
+    row |= {"plain_tokens_per_second": 1234.5, "fspad_tokens_per_second": 12345.6, "speedup": 10.0, "tau": 12.34}
+    _print_table([row, row | {"do_sample": False}], console)
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+    for text in ("identical", "speed-up", "sampled", "greedy", "12345.6", "10.00x", "12.34", "yes", "2/2"):
+        assert f" {text} " in shown, text
 
 
 def test_streamer_colours_rounds_and_dims_the_targets_own(tokenizer):

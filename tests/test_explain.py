@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from fspad_hf import FSPADDraftModel, cli, tree_drawing
+import fspad_hf_cli as cli
+from fspad_hf import FSPADDraftModel, tree_drawing
 from fspad_hf.evaluation.peers import MODES
 from fspad_hf.explain import Explanation, Round, RoundRecorder, explain, run_explain
 from fspad_hf.loading import encode_chat

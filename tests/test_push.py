@@ -10,7 +10,8 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard import metadata_load
 from transformers.utils import PushToHubMixin
 
-from fspad_hf import FSPADConfig, FSPADDraftModel, cards, cli, hub, pretrained
+import fspad_hf_cli as cli
+from fspad_hf import FSPADConfig, FSPADDraftModel, cards, hub, pretrained
 from fspad_hf.weights import fingerprint, weight_files
 
 from . import tiny

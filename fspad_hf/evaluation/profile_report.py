@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from .instrument import PARTS
-from .report import COLOURS, INK, MODE_TITLES, make_axes, save_svg
+from .report import COLOURS, INK, MODE_TITLES, figure_table, make_axes, save_svg
 
 
 def profile_tables(result: dict) -> list[tuple[str, Table]]:
     """The tables of [`fspad_hf.evaluation.profile.profile`]'s result under their titles, in reading order."""
     bandwidth = result["roofline"]["bandwidth"] / 1e9
+    rounds = {"A round": result["rounds"], "A round as CUDA graphs": result["graph_rounds"]}
     return [
-        ("A round", _rounds(titled_rounds(result))),
+        *((title, _rounds(found)) for title, found in rounds.items() if found),
         ("A verification forward by its rows", _verify(result["verify"])),
         (f"Reading the weights alone, at {bandwidth:.0f} GB/s (copy, read + written)", _roofline(result)),
         ("Whole answers", _speed(result["speed"])),
@@ -47,16 +47,9 @@ def save_plot(result: dict, path: Path) -> None:
     save_svg(figure, path, "time of a round by part")
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE)
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left")
-    return table
-
-
 def _rounds(rounds: dict) -> Table:
-    table = _table("part", *(cell for title in rounds for cell in (f"{title}, ms", "share")))
-    shown = [part for part in PARTS if "graph" not in part or any(f["parts"][part] for f in rounds.values())]
+    table = figure_table("part", *(cell for mode in rounds for cell in (f"{MODE_TITLES[mode]}, ms", "share")))
+    shown = [part for part in PARTS if any(found["parts"][part] for found in rounds.values())]
     for part, title in ((part, PARTS[part]) for part in shown):
         cells = []
         for found in rounds.values():
@@ -79,7 +72,7 @@ def _rounds(rounds: dict) -> Table:
 
 
 def _verify(costs: list[dict]) -> Table:
-    table = _table("rows", "ms", "x the first")
+    table = figure_table("rows", "ms", "x the first")
     for cost in costs:
         ratio = cost["seconds"] / costs[0]["seconds"]
         table.add_row(str(cost["rows"]), f"{cost['seconds'] * 1e3:.2f}", f"{ratio:.2f}")
@@ -89,7 +82,7 @@ def _verify(costs: list[dict]) -> Table:
 def _roofline(result: dict) -> Table:
     """What is measured beside what reading the weights alone takes."""
     roof = result["roofline"]
-    table = _table("", "MB", "at least, ms", "measured", "x", "at most, tok/s")
+    table = figure_table("", "MB", "at least, ms", "measured", "x", "at most, tok/s")
     for mode, found in result["rounds"].items():
         plain = result["speed"][mode][0]["token_seconds"]
         rows = [("plain token", roof["target_bytes"], roof["plain_token_seconds"], plain, 1.0)]
@@ -105,7 +98,7 @@ def _roofline(result: dict) -> Table:
 
 
 def _speed(speed: dict) -> Table:
-    table = _table("", "method", "tok/s", "x plain", "tau")
+    table = figure_table("", "method", "tok/s", "x plain", "tau", words=2)
     for mode, rows in speed.items():
         for i, row in enumerate(rows):
             values = (("tokens_per_second", ".1f"), ("ratio", ".2f"), ("tau", ".2f"))

@@ -18,13 +18,23 @@ MODE_TITLES = {
 DEPTHS_SHOWN = 10
 
 
+def figure_table(*columns: str, words: int = 1, title: str = "") -> Table:
+    """
+    A table for the terminal, without rows yet.
+
+    Args:
+        columns: the first `words` wrap where the terminal is narrow; the others hold figures and are never cut.
+    """
+    table = Table(box=box.SIMPLE, title=title or None)
+    for i, name in enumerate(columns):
+        justify = "right" if i >= words else "left"
+        table.add_column(name, justify=justify, no_wrap=i >= words, overflow="fold")
+    return table
+
+
 def results_table(summary: dict, title: str = "") -> Table:
     """One row a mode and method: tok/s, speed-up, tau, identical, and why it failed if it did."""
-    table = Table(box=box.SIMPLE, title=title or None)
-    table.add_column("")
-    table.add_column("method")
-    for name in ("tok/s", "speed-up", "95 %", "tau", "identical"):
-        table.add_column(name, justify="right")
+    table = figure_table("", "method", "tok/s", "speed-up", "95 %", "tau", "identical", words=2, title=title)
     for mode, methods in summary.items():
         for i, (name, result) in enumerate(methods.items()):
             lossless = result["lossless"]

@@ -1,6 +1,7 @@
 """`fspad-hf bench` from its command line to the report."""
 
 import hashlib
+import math
 import os
 import shlex
 import sys
@@ -16,12 +17,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..generation.tree import TreeShape
 from ..loading import Models, load_draft, load_models
 from ..pretrained import draft_config
-from ..runtime import is_exact, quiet_transformers, status, write_json
+from ..runtime import check_reachable, is_exact, quiet_transformers, status, time_left, write_json
 from ..speculation_config import SpeculationConfig
 from .bench import Bench, BenchConfig, RecordFile, describe_machine
 from .peers import METHOD_NAMES, MODES, load_assistant, make_methods
 from .report import MODE_TITLES, results_table, write_report
-from .spec_bench import Question, published_questions, read_prompts, read_questions
+from .spec_bench import Question, read_prompts, read_questions
 from .summary import summarise
 
 SECONDS_A_REFRESH = 0.5  # summing up thousands of records takes a while
@@ -72,9 +73,10 @@ def run_bench(
     _check(modes, max_new_tokens, turns)
     named = _names(drafts or [""])
     folder = _writable_folder(output)
-    asked = read_prompts(prompts) if prompts else read_questions(questions or published_questions(), per_task, tasks)
+    asked = read_prompts(prompts) if prompts else read_questions(questions, per_task, tasks)
     for draft in named.values():
         if draft:
+            check_reachable(draft, "draft")
             draft_config(draft)
     models = load_models(target, next(iter(named.values())) or None, device, dtype, **trees)
     loaded = {name: models.draft if i == 0 else load_draft(path, models, **trees)
@@ -104,7 +106,9 @@ def run_bench(
         if file.records:
             write_json(folder / "results.json", results)
             write_report(folder, results)
-    (console or Console()).print(results_table(results["figures"], results["title"]), results["verdict"])
+    console = console or Console()
+    console.print(results_table(results["figures"], results["title"]), results["verdict"])
+    console.print(f"The report is in {folder / 'report.md'}", highlight=False, markup=False, soft_wrap=True)
     return results
 
 
@@ -114,21 +118,24 @@ def _ask_all(asked: list[Question], models: Models, ways, config: BenchConfig, f
     if not left:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    progress = Progress(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console)
-    bar = progress.add_task("questions", total=len(asked), completed=len(asked) - len(left))
+    columns += (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    progress = Progress(*columns, console=console, speed_estimate_period=math.inf)  # a question may take minutes
+    bar = progress.add_task("questions", total=len(asked), completed=len(done))
     running: list[dict] = []
-    shown = 0.0
+    shown, answers = 0.0, 1
     bench = Bench(models.target, models.tokenizer, ways, config)
     with quiet_transformers(), status("Warming up"):  # before the live table: two displays would hide each other
         bench.prepare(asked)
     for name, why in bench.broken.items():
         console.print(f"{name} does not run here: {why}", style="yellow", highlight=False, markup=False)
+    began = time.perf_counter()
     with quiet_transformers(), Live(progress, console=console, auto_refresh=False, transient=True) as live:
 
         def show(record: dict | None = None):
             nonlocal shown
             if record is not None:
                 running.append(record)
+            progress.update(bar, completed=len(file.done()) + len(running) / answers)
             if console.is_terminal and (record is None or time.monotonic() - shown > SECONDS_A_REFRESH):
                 shown = time.monotonic()
                 known = file.records + running
@@ -136,13 +143,15 @@ def _ask_all(asked: list[Question], models: Models, ways, config: BenchConfig, f
 
         bench.report = show
         for order, question in left:  # in the order of an uninterrupted run, in which methods take turns too
+            answers = len(config.modes) * len(ways) * len(question.turns[: config.turns])
             records = bench.ask(question, order)
             running.clear()
             file.add(records)
-            progress.advance(bar)
             show()
             if not console.is_terminal:
-                print(f"question {len(file.done())} of {len(asked)}", file=sys.stderr, flush=True)
+                now = len(file.done())
+                rest = time_left(began, now - len(done), len(asked) - len(done))
+                print(f"question {now} of {len(asked)}, {rest}", file=sys.stderr, flush=True)
 
 
 def _results(file: RecordFile, config: BenchConfig, models: Models) -> dict:

@@ -1,17 +1,19 @@
 """Questions to generate answers to: Spec-Bench (hemingkx/Spec-Bench, Apache-2.0), or the user's own."""
 
+import hashlib
+import http.client
 import json
 import os
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..runtime import cache_folder, write_file
+from ..runtime import cache_folder, status, write_file
 
 TASKS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
 MT_BENCH = {"writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"}
 PUBLISHED = "https://raw.githubusercontent.com/hemingkx/Spec-Bench/main/data/spec_bench/question.jsonl"
+PUBLISHED_SHA256 = "4b6d33e79484f9841c487ee87d1cf6aa8c6066f61d5d482ff09e5a007fafdf04"
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,27 @@ class Question:
     opening: tuple[dict[str, str], ...] = field(default=())
 
 
-def read_questions(path: str | Path, per_task: int | None = None, tasks: list[str] | None = None) -> list[Question]:
+def read_questions(
+    path: str | Path | None, per_task: int | None = None, tasks: list[str] | None = None
+) -> list[Question]:
     """
     Spec-Bench's questions, task by task; the eight MT-bench categories are one task.
 
     Args:
-        path: question.jsonl, one object a line with `category` and `turns`.
+        path: question.jsonl, one object a line with `category` and `turns`; `None`: the [`published_questions`].
         per_task: so many of each task, spread evenly over the file (MT-bench's categories are sorted in it).
         tasks: only these of `TASKS`.
 
     Raises:
         ValueError: a line that is not such an object, an unknown category or task, or no question at all.
+        OSError: the file cannot be read, or the published one cannot be had.
     """
     if per_task is not None and per_task < 1:
         raise ValueError(f"per_task={per_task} leaves no question: expected 1 or more.")
     unknown = sorted(set(tasks or ()) - set(TASKS))
     if unknown:
         raise ValueError(f"tasks={unknown} are unknown: expected some of {list(TASKS)}.")
+    path = published_questions() if path is None else path
     found: dict[str, list[Question]] = {task: [] for task in TASKS}
     for number, record in _lines(path):
         try:
@@ -105,19 +111,27 @@ def published_questions(cache_dir: str | os.PathLike | None = None) -> Path:
         cache_dir: where it is kept; by default `$FSPAD_HF_CACHE`, else `~/.cache/fspad_hf`.
 
     Raises:
-        OSError: it cannot be had.
+        OSError: it cannot be had, or is another file than the one that figures here were measured on.
     """
     cache = cache_folder(cache_dir)
     path = cache / "spec_bench_question.jsonl"
     if not path.is_file():
         try:
-            with urllib.request.urlopen(PUBLISHED, timeout=60) as answer:
+            with (
+                status(f"Downloading Spec-Bench's questions to {path} (0.7 MB, once)"),
+                urllib.request.urlopen(PUBLISHED, timeout=60) as answer,
+            ):
                 content = answer.read()
-        except (urllib.error.URLError, TimeoutError) as error:
+        except (OSError, http.client.HTTPException) as error:  # of the latter, an answer that is cut short
             raise OSError(
                 f"The Spec-Bench questions could not be downloaded from {PUBLISHED} ({error}); go online, or pass a "
                 "copy with --questions FILE."
             ) from error
+        if (found := hashlib.sha256(content).hexdigest()) != PUBLISHED_SHA256:
+            raise OSError(
+                f"What came from {PUBLISHED} has the sha256 {found}, expected {PUBLISHED_SHA256}: it is damaged, or "
+                "was changed since; to use it all the same, save it and pass it with --questions FILE."
+            )
         cache.mkdir(parents=True, exist_ok=True)
         write_file(path, content)
     return path

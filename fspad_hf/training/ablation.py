@@ -74,7 +74,7 @@ def run_ablation(
     target: str,
     data: DataConfig | Sequence[str],
     config: TrainingConfig,
-    questions: str,
+    questions: str | None = None,
     seeds: Sequence[int] = (0, 1),
     per_task: int = 40,
     max_new_tokens: int = 128,
@@ -92,7 +92,7 @@ def run_ablation(
 
     Args:
         config: of all trainings but for the seed and the folder, which is one of the drafts' folders.
-        questions: Spec-Bench's question.jsonl.
+        questions: Spec-Bench's question.jsonl; by default the published one, downloaded once.
         seeds: of the trainings.
         per_task, max_new_tokens: questions of each task, and tokens of each answer.
         draft_overrides: other fields of [`FSPADConfig`], the same for all drafts.
@@ -110,7 +110,8 @@ def run_ablation(
 
     state = patient_accelerator()
     data = data if isinstance(data, DataConfig) else DataConfig(data)
-    asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
+    with state.main_process_first():  # which downloads them
+        asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
     drafts = _drafts(config, seeds, {**(draft_overrides or {}), "draft_vocab_size": training.get("draft_vocab_size")})
     _check(config, data, max_new_tokens)
     measured = _measurement(target, asked, per_task, max_new_tokens, dtype)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from ..evaluation.spec_bench import read_questions
 from ..generation.decoding import SpeculationRecord
 from ..generation.lookup import PromptLookup
 from ..generation.probe import probe
@@ -259,30 +260,26 @@ def mean_tau(rows: list[dict], mode: str) -> tuple[dict[str, float], float]:
 
 
 def run_acceptance(
-    target: str | None, draft: str | None, questions: str, per_task: int, max_new_tokens: int, dtype: str | None,
-    device: str | None, json_file: str | None, seed: int = 0,
+    target: str | None, draft: str | None, questions: str | None, per_task: int, max_new_tokens: int,
+    dtype: str | None, device: str | None, json_file: str | None, seed: int = 0,
 ) -> list[dict]:  # fmt: skip
     """`fspad-hf acceptance`: tau on the first turns of Spec-Bench questions, printed as a table."""
     from rich.console import Console
-    from rich.table import Table
 
-    from ..evaluation.report import MODE_TITLES
-    from ..evaluation.spec_bench import read_questions
+    from ..evaluation.report import MODE_TITLES, figure_table
 
     json_file = writable_file(json_file) if json_file is not None else None
     asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
     models = load_models(target, draft, device, dtype)
     with quiet_transformers(), counted("answers simulated", 2 * len(asked)) as advance:
         rows = measure_acceptance(models.target, models.tokenizer, models.draft, asked, max_new_tokens, seed, advance)
-    table = Table(title="tau (tokens after the first / verification forwards)")
-    tasks = list(dict.fromkeys(task for task, _ in asked))
-    for name in ("", *tasks, "mean"):
-        table.add_column(name, justify="right" if name else "left")
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        taus, mean = mean_tau(rows, mode)
-        table.add_row(
-            MODE_TITLES[mode], *(f"{taus[task]:.2f}" if task in taus else "-" for task in tasks), f"{mean:.2f}"
-        )
+    taus = {mode: mean_tau(rows, mode) for mode in dict.fromkeys(row["mode"] for row in rows)}
+    title = "tau (tokens after the first / verification forwards)"
+    table = figure_table("", *(MODE_TITLES[mode] for mode in taus), title=title)
+    for task in dict.fromkeys(task for task, _ in asked):
+        table.add_row(task, *(f"{found[task]:.2f}" if task in found else "-" for found, _ in taus.values()))
+    table.add_section()
+    table.add_row("mean", *(f"{mean:.2f}" for _, mean in taus.values()))
     Console().print(table)
     if json_file is not None:
         write_json(json_file, rows)

@@ -8,12 +8,14 @@ likelihood of draws at T = 1 on held-out text; nothing is decoded.
 Legend: p the target's distribution, q the draft's, E a row of Exp(1) noise, x = argmax(log p - log E) the draw.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
+from ..demo_target import DRAFT_NAME
 from ..generation.probe import probe
 from ..loading import load_models
 from ..modeling_fspad import FSPADDraftModel
@@ -44,8 +46,10 @@ def fit_coupling(
         positions: draw at about so many of those tokens, evenly spread.
 
     Returns:
-        sharpness, kappa, positions, and the share of draws that the first child is right about: hit (fitted),
-        hit_before (with the values the draft came with), hit_uncoupled.
+        sharpness, kappa, positions, the share of draws that the first child is right about: hit (fitted), hit_before
+        (with the values the draft came with), hit_uncoupled; and gain, the log-likelihood of a draw (nats) above that
+        under the values the draft came with, each half of the rows by what fits the other half, with twice its
+        standard error over rows, gain_error.
 
     Raises:
         ValueError: the masks keep nothing.
@@ -55,8 +59,8 @@ def fit_coupling(
         raise ValueError(f"Nothing to fit coupled drafting on: {len(rows)} rows without a token of the assistant's.")
     settings = draft.speculation_settings()
     before = (float(settings.coupling_sharpness), float(settings.coupling_kappa))
-    grid = sorted({(a, k) for a in SHARPNESS for k in KAPPA} | {before})
-    likelihood = dict.fromkeys(grid, 0.0)
+    grid = list(dict.fromkeys([before, *((a, k) for a in SHARPNESS for k in KAPPA)]))
+    table = []  # [rows, grid]: log-likelihoods
     hits = dict.fromkeys([a for a, _ in grid], 0)
     uncoupled = seen = 0
     with torch.random.fork_rng():
@@ -69,17 +73,24 @@ def fit_coupling(
                 x, drafted = _places(x, draft.draft_vocab_ids.to(x.device), p.shape[1])
                 q, noise, x = q[drafted], noise[drafted][:, draft.draft_vocab_ids], x[drafted]
             uncoupled += int((q.argmax(-1, keepdim=True) == x).sum())
+            likelihood = {}
             for a in hits:
                 race = a * q - noise.log()
                 hits[a] += int((race.argmax(-1, keepdim=True) == x).sum())
                 for k in (k for sharpness, k in grid if sharpness == a):
                     scores = k * race
-                    likelihood[a, k] += float((scores.gather(1, x)[:, 0] - scores.logsumexp(-1)).double().sum())
-    sharpness, kappa = max(grid, key=likelihood.get)
+                    likelihood[a, k] = float((scores.gather(1, x)[:, 0] - scores.logsumexp(-1)).double().sum())
+            table.append([likelihood[values] for values in grid])
+    table = torch.tensor(table, dtype=torch.float64)
+    sharpness, kappa = grid[int(table.sum(0).argmax())]
+    halves = [(table[half::2], int(table[1 - half :: 2].sum(0).argmax())) for half in (0, 1)]
+    gains = torch.cat([mine[:, fitted] - mine[:, 0] for mine, fitted in halves])
     draft.speculation_config.update(coupling_sharpness=sharpness, coupling_kappa=kappa)
     return {
         "sharpness": sharpness, "kappa": kappa, "positions": seen, "hit": hits[sharpness] / seen,
         "hit_before": hits[before[0]] / seen, "hit_uncoupled": uncoupled / seen,
+        "gain": float(gains.sum()) / seen,
+        "gain_error": 2 * float(gains.std(correction=0)) * math.sqrt(len(gains)) / seen,
     }  # fmt: skip
 
 
@@ -107,31 +118,51 @@ def _places(tokens: torch.LongTensor, drafted_ids: torch.LongTensor, vocab_size:
 
 
 def run_calibration(
-    target: str | None, draft: str | None, data: Sequence[str], rows: int, positions: int, seed: int = 0,
+    target: str | None, draft: str, data: Sequence[str], rows: int, positions: int, seed: int = 0,
     device: str | None = None, dtype: str | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """
-    `fspad-hf calibrate`: [`fit_coupling`] on the last rows of `data`; its outcome is saved with the draft.
+    `fspad-hf calibrate`: [`fit_coupling`] on the last rows of `data`. The draft's settings are saved if the
+    fitted values gain more than their `gain_error`, else left as it is.
 
     Args:
-        draft: the draft's folder.
+        draft: the draft's folder; not the one that came with the package.
         data: rows of token ids, see [`load_training_rows`].
         rows: use so many rows, from the end, where [`run_training`] holds some out.
     """
     from rich.console import Console
 
-    if draft is not None and not Path(draft).is_dir():
-        raise ValueError(f"draft={draft!r} is not a folder: expected a local draft, whose {FILE} is rewritten.")
-    if rows < 1:
-        raise ValueError(f"rows={rows} leaves no text to fit to: expected 1 or more.")
+    _check_folder(draft)
+    if rows < 2:
+        raise ValueError(f"rows={rows} leaves no text to fit to and to check the fit on: expected 2 or more.")
     models = load_models(target, draft, device, dtype)
     vocab_size = models.target.config.get_text_config().vocab_size
     found = load_training_rows(data, models.tokenizer, vocab_size=vocab_size, last=rows)
     if found.segments is not None:
         raise ValueError(f"data={list(data)} are conversations: expected rows of token ids; write them with selfplay.")
+    settings = models.draft.speculation_settings()
+    before = {"sharpness": settings.coupling_sharpness, "kappa": settings.coupling_kappa}
     with status(f"Drawing at {positions} tokens of {len(found.ids)} rows"):
         fitted = fit_coupling(models.draft, models.target, found.ids, found.mask, positions, seed)
-    models.draft.speculation_config.save_pretrained(models.draft_name)
-    values = "  ".join(f"{name} {value:.3g}" for name, value in fitted.items())
-    Console().print(f"{models.draft_name}/{FILE}: {values}", highlight=False, soft_wrap=True)
+    better = fitted["gain"] > fitted["gain_error"] and any(fitted[name] != before[name] for name in before)
+    if better:
+        models.draft.speculation_config.save_pretrained(models.draft_name)
+    kept = "written" if better else f"left as it is, no gain over its {_listed(before)}"
+    line = f"{models.draft_name}/{FILE}: {_listed(fitted)}: {kept}"
+    Console().print(line, highlight=False, markup=False, soft_wrap=True)
     return fitted
+
+
+def _listed(values: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _check_folder(draft: str) -> None:
+    if not Path(draft).is_dir():
+        raise ValueError(f"draft={draft!r} is not a folder: expected a local draft, whose {FILE} is rewritten.")
+    folder, package = Path(draft).resolve(), Path(__file__).resolve().parents[1]
+    if package in folder.parents or folder == package.parent / "hub_cards" / DRAFT_NAME:
+        raise ValueError(
+            f"draft={draft!r} is the draft that came with fspad_hf, and stays as it is: copy it (cp -r {draft} "
+            "my-draft) and pass the copy, --draft my-draft."
+        )

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..configuration_fspad import FSPADConfig
 from ..host import note_commit
 from ..modeling_fspad import FSPADDraftModel
-from ..runtime import quiet_transformers
+from ..runtime import check_reachable, quiet_transformers
 from .checkpoints import has_checkpoint
 from .config import DataConfig, TrainingConfig
-from .data import TrainingRows, load_training_rows
+from .data import HELD_OUT_SHARE, TrainingRows, load_training_rows
 from .frozen import FrozenTarget, TargetFeatures
 from .interrupt import TrainingInterrupted
 from .plan import make_plan, print_plan
@@ -76,9 +76,11 @@ def run_training(
     console = Console(quiet=not state.is_main_process)
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     check_trackers(config.report_to)
+    check_reachable(target, "target")
     draft_fields = {**(draft_overrides or {}), "draft_vocab_size": draft_vocab_size}
     start = None
     if start_from:
+        check_reachable(start_from, "start_from")
         with quiet_transformers():
             start = FSPADDraftModel.from_pretrained(start_from, dtype=torch.float32)
         draft_fields = _started_fields(start.config, draft_fields)
@@ -188,6 +190,12 @@ def _describe(rows: TrainingRows, held_out: TrainingRows, tokenizer: PreTrainedT
         f"{len(rows.ids)} rows of {rows.ids.shape[1]}, {share} in the loss; {len(held_out.ids)} held out to validate",
         highlight=False,
     )
+    if not len(held_out.ids):
+        console.print(
+            f"Warning: of {len(rows.ids)} rows none is held out, so nothing tells how good the draft gets: its last "
+            f"weights are saved, and its coupling is not fitted. Take {HELD_OUT_SHARE} rows or more.",
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def regenerated(

@@ -8,16 +8,18 @@ import contextlib
 import io
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..host import note_commit
-from ..runtime import quiet_transformers, resolve_device, resolve_dtype
+from ..runtime import check_reachable, quiet_transformers, resolve_device, resolve_dtype
 from .decode_loop import SelfplayDecoder, TurnTables
 from .exclusion import is_excluded, load_excluded, normalised
 from .shards import ShardFolder
@@ -157,6 +159,7 @@ def run_selfplay(
 
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
     load_excluded(config.exclude)
+    check_reachable(target, "target")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(target)
         derive_glue(tokenizer)
@@ -167,10 +170,11 @@ def run_selfplay(
     dropped = ", ".join(
         f"{count} {key[8:].replace('_', ' ')}" for key, count in totals.items() if key[:8] == "dropped_"
     )
+    following = ["fspad-hf", "train", "--target", target, "--data", output, "--output", f"{Path(output)}-draft"]
     Console(stderr=True).print(
         f"{totals['rows']} rows, {totals['tokens']} tokens, {totals['assistant_tokens'] / totals['tokens']:.0%} of "
-        f"them the assistant's; dropped: {dropped}. Train with: fspad-hf train --data {output}",
-        highlight=False, markup=False,
+        f"them the assistant's; dropped: {dropped}. Train with:\n  {shlex.join(following)}",
+        highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     return manifest
 

@@ -1,17 +1,20 @@
-"""What a run tells while it runs: trackers through accelerate, and a line on the console."""
+"""What a run tells while it runs: trackers through accelerate, a file of losses, and a line on the console."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType
 
-from ..runtime import duration
+from ..runtime import duration, write_file
 from .config import TrainingConfig
 
 SCALAR = (int, float, str, bool)
+LOSSES = "losses.jsonl"  # in the output folder
 
 
 def check_trackers(names: Sequence) -> None:
@@ -26,13 +29,22 @@ def check_trackers(names: Sequence) -> None:
 
 
 @contextmanager
-def trackers(accelerator: Accelerator, config: TrainingConfig) -> Iterator[Callable[[dict], None]]:
-    """Starts `config.report_to`, gives a function that logs a step's record, and ends them, also after an error."""
+def trackers(accelerator: Accelerator, config: TrainingConfig, step: int) -> Iterator[Callable[[dict], None]]:
+    """
+    Starts `config.report_to`, gives a function that logs a step's record, and ends them, also after an error.
+
+    The main process also writes the records to `LOSSES`, a JSON line each. A run that goes on after `step` replaces
+    those of later steps, which were lost with the process that made them.
+    """
+    losses = _begin_losses(Path(config.output_dir) / LOSSES, step) if accelerator.is_main_process else None
     if config.report_to:
         settings = {name: value for name, value in vars(config).items() if isinstance(value, SCALAR)}
         accelerator.init_trackers("fspad", config=settings)
 
     def track(record: dict) -> None:
+        if losses is not None:
+            with losses.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
         if config.report_to:
             accelerator.log({name: value for name, value in record.items() if name != "step"}, step=record["step"])
 
@@ -41,6 +53,14 @@ def trackers(accelerator: Accelerator, config: TrainingConfig) -> Iterator[Calla
     finally:
         for tracker in accelerator.trackers if config.report_to else ():
             tracker.finish()
+
+
+def _begin_losses(path: Path, step: int) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    whole = (line for line in lines if line.endswith("\n"))  # the last may have been cut off
+    write_file(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+    return path
 
 
 class TrainingDisplay:
@@ -78,12 +98,12 @@ class TrainingDisplay:
         self.tokens, self.steps = self.tokens + record["tokens"], self.steps + 1
         seconds, step, last = time.perf_counter() - self.since, record["step"], record["step"] == self.config.steps
         parts = [f"{name} {record[name]:.4f}" for name in ("loss", "feature", "logit", "top1")]
-        left = (self.config.steps - step) * seconds / self.steps
-        parts += [f"{self.tokens / seconds:,.0f} tokens/s", f"{duration(left)} left"]
-        if self.bar is not None:
-            self.bar.update(self.task, completed=step, shown="  ".join(parts))
+        left = f"{duration((self.config.steps - step) * seconds / self.steps)} left"
+        speed = f"{self.tokens / seconds:,.0f} tokens/s"
+        if self.bar is not None:  # which a narrow terminal cuts off at its right end
+            self.bar.update(self.task, completed=step, shown="  ".join([parts[0], left, speed, *parts[1:]]))
         elif step % self.config.log_every == 0 or last:
-            self._print("  ".join([f"step {step}/{self.config.steps}", *parts]))
+            self._print("  ".join([f"step {step}/{self.config.steps}", *parts, speed, left]))
         if "validation_loss" in record:
             self._print(f"validated at step {step}: {_validation(record)}")
 

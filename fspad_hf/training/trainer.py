@@ -48,7 +48,8 @@ def train(
     about: dict[str, object] | None = None,
 ) -> FSPADDraftModel:
     """
-    Trains `draft` in place and saves it under `config.output_dir`; picks an interrupted run up where it stood.
+    Trains `draft` in place and saves it under `config.output_dir`; picks an interrupted run up where it stood. Each
+    step's record is a line of losses.jsonl there.
 
     Under `accelerate launch` every process calls it with the same arguments, and each step's rows are shared out. The
     main process's draft is everybody's, and it alone writes files and reports.
@@ -100,7 +101,7 @@ def train(
     progress = checkpoints.load(draft, optimizer)
     model = accelerator.prepare(draft)
 
-    with noticed_interrupts() as interrupts, trackers(accelerator, config) as track:
+    with noticed_interrupts() as interrupts, trackers(accelerator, config, progress.step) as track:
         for step in range(progress.step, config.steps):
             began, last = time.perf_counter(), step + 1 == config.steps
             record, stopped = _gradients(run, model, step, interrupts)
@@ -115,11 +116,11 @@ def train(
             if validating:
                 record |= _validate(run, progress)
             progress.seconds += time.perf_counter() - began
+            track(record)  # before the checkpoint: what a resumed run has lost it also logs again
             if validating or last or stopped or _every(config.checkpoint_every, step + 1):
                 checkpoints.save(draft, optimizer, progress)
             if accelerator.is_main_process:
                 report(record)
-            track(record)
             if stopped:
                 raise TrainingInterrupted(step + 1, config)
     return _finish(run, checkpoints, progress, tokenizer, about or {})

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fspad_hf import cli
+import fspad_hf_cli as cli
 from fspad_hf.conversion import convert_checkpoint
 from fspad_hf.conversion import weights as weights_module
 

@@ -16,12 +16,13 @@ from transformers import CompileConfig
 
 from fspad_hf import FSPADConfig
 from fspad_hf.cards import make_card, read_results
-from fspad_hf.cli import main
 from fspad_hf.evaluation import bench, peers
 from fspad_hf.evaluation import run as bench_run
 from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.peers import Method
+from fspad_hf.evaluation.report import results_table
 from fspad_hf.generation import hook
+from fspad_hf_cli import main
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -147,7 +148,7 @@ def test_a_run_that_was_signalled_ends_as_one_that_was_not(run, models, tmp_path
         env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )  # fmt: skip
     for line in begun.stderr:
-        if line.startswith("question 1 "):
+        if re.match(r"question 1 of 4, .*\d s left$", line):
             begun.send_signal(number)
             break
     begun.communicate()
@@ -207,16 +208,33 @@ def test_tokens_after_eos_do_not_count(llama):
     assert made._count(torch.tensor([5, 2, 7, 2])) == 2 and made._count(torch.tensor([5, 7])) == 2
 
 
-def test_the_live_table_in_a_terminal(run):
-    console = Console(force_terminal=True, width=100, height=40, file=io.StringIO())
-    original = bench_run.Console
-    bench_run.Console = lambda *_, **__: console
-    try:
-        run("--methods", "prompt-lookup", "fspad", "--turns", "1")
-    finally:
-        bench_run.Console = original
+def test_the_table_fits_80_columns():
+    figures = {"tokens_per_second": 12345.6, "speedup": 10.25, "tau": 12.34}
+    mean = {name: {"value": value, "low": 10.11, "high": 12.22} for name, value in figures.items()}
+    shown = {"mean": mean, "lossless": {"same": 479, "compared": 480}, "errors": {}}
+    failed = {
+        "mean": None,
+        "lossless": {"same": 0, "compared": 0},
+        "errors": {"OutOfMemoryError: CUDA out of memory": 3},
+    }
+    console = Console(file=io.StringIO(), width=80)
+    methods = {"my draft of the fine-tuned target, at step 1000": shown, "static+compile": failed}
+    console.print(results_table({"sampled": methods}, "title"))
+    printed = console.file.getvalue()
+    assert max(map(len, printed.splitlines())) <= 80 and "…" not in printed
+    for text in ("T = 1", "12345.6", "10.25x", "10.11 - 12.22", "12.34", "479/480", "failed", "identical"):
+        assert f" {text} " in printed, text
+
+
+def test_the_live_table_in_a_terminal(run, monkeypatch):
+    console = Console(force_terminal=True, width=80, height=40, file=io.StringIO(), color_system=None)
+    monkeypatch.setattr(bench_run, "Console", lambda *_, **__: console)
+    monkeypatch.setattr(bench_run, "SECONDS_A_REFRESH", 0)
+    run("--methods", "prompt-lookup", "fspad", "--turns", "1")
     shown = console.file.getvalue()
-    assert "questions" in shown and "4/4" in shown and "left" in shown and shown.count("prompt lookup") > 4
+    assert "questions" in shown and "4/4" in shown and shown.count("prompt lookup") > 4
+    assert re.search(r"0/4 .* left .*\d:\d\d:\d\d", shown)  # the time left is there before a question is done
+    assert shown.rstrip().endswith("out/report.md")
 
 
 def test_other_settings_are_not_mixed_in(run, capsys):

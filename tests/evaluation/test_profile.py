@@ -13,7 +13,6 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from transformers import CompileConfig
 
-from fspad_hf.cli import main
 from fspad_hf.evaluation import peers, profile_run
 from fspad_hf.evaluation import profile as module
 from fspad_hf.evaluation.forcing import forced, plan, total_tokens
@@ -29,6 +28,7 @@ from fspad_hf.generation.graphs import GraphRounds
 from fspad_hf.generation.rounds import Rounds
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import CandidateTree
+from fspad_hf_cli import main
 
 from .. import tiny
 from ..conftest import fresh_draft, rng_state
@@ -249,9 +249,11 @@ def test_captured_rounds_beside_eager_ones(llama, prompt, small, captured, tau, 
         if tau is not None:
             assert found["tau"] == eager["tau"] == tau
     for title, table in profile_tables(result):
-        Console(file=(shown := io.StringIO()), width=200).print(title, table)
-        assert title != "A round" or "T = 0, graph, ms" in shown.getvalue()
-        assert "at least" not in shown.getvalue() or "graph round, T = 0" in shown.getvalue()
+        Console(file=(shown := io.StringIO()), width=80).print(title, table)
+        shown = shown.getvalue()
+        assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
+        assert ("verify graph" in shown) == (title == "A round as CUDA graphs")
+        assert "at least" not in shown or "graph round" in shown
     save_plot(result, tmp_path / "rounds.svg")
     assert "T = 1, graph" in (tmp_path / "rounds.svg").read_text()
 

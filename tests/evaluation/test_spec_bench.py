@@ -1,7 +1,13 @@
+import hashlib
+import importlib
 import json
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 
+import fspad_hf_cli as cli
+from fspad_hf.evaluation import spec_bench
 from fspad_hf.evaluation.spec_bench import TASKS, Question, published_questions, read_prompts, read_questions
 
 
@@ -64,14 +70,67 @@ def test_own_prompts(tmp_path):
         read_prompts(write(path, []))
 
 
-def test_the_published_file_is_fetched_once(tmp_path, monkeypatch):
-    from fspad_hf.evaluation import spec_bench
+@pytest.fixture
+def published(tmp_path, monkeypatch):
+    """The published questions, on a server of this machine; the paths that were asked of it."""
+    (tmp_path / "site").mkdir()
+    lines = [{"category": category, "turns": ["Why?", "And?"]} for category in ("qa", "rag")]
+    content = write(tmp_path / "site" / "question.jsonl", lines).read_bytes()
+    asked = []
 
-    source = write(tmp_path / "source.jsonl", [{"category": "qa", "turns": ["x"]}])
-    monkeypatch.setattr(spec_bench, "PUBLISHED", source.as_uri())
-    path = published_questions(tmp_path / "cache")
-    source.unlink()
-    assert published_questions(tmp_path / "cache") == path and len(read_questions(path)) == 1
-    with pytest.raises(OSError, match="--questions FILE"):
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=tmp_path / "site")
+
+        def log_message(self, *args):
+            asked.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(spec_bench, "PUBLISHED", f"http://127.0.0.1:{server.server_port}/question.jsonl")
+        monkeypatch.setattr(spec_bench, "PUBLISHED_SHA256", hashlib.sha256(content).hexdigest())
+        monkeypatch.setenv("FSPAD_HF_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("NO_PROXY", "*")
+        yield asked
+        server.shutdown()
+
+
+def test_the_published_file_is_fetched_once(published, tmp_path, monkeypatch):
+    path = published_questions()
+    assert path.parent == tmp_path / "cache" and [q.task for q in read_questions(None)] == ["qa", "rag"]
+    assert published_questions() == path and len(published) == 1
+    monkeypatch.setattr(spec_bench, "PUBLISHED", spec_bench.PUBLISHED + ".gone")
+    with pytest.raises(OSError, match=r"could not be downloaded .*--questions FILE"):
         published_questions(tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def test_another_file_than_the_published_one_is_refused(published, tmp_path, monkeypatch):
+    monkeypatch.setattr(spec_bench, "PUBLISHED_SHA256", "0" * 64)
+    with pytest.raises(OSError, match=r"has the sha256 .*, expected 000.*--questions FILE"):
+        published_questions()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_every_command_with_questions_fetches_them(published, pair, tmp_path, monkeypatch):
+    """Of each command only that it asks what was published, and that the next one asks the cache."""
+
+    class Asked(Exception):
+        pass
+
+    def read(path, *args, **kwargs):
+        raise Asked([question.turns for question in read_questions(path, *args, **kwargs)])
+
+    for module in ("evaluation.run", "training.acceptance", "training.ablation"):
+        monkeypatch.setattr(f"fspad_hf.{module}.read_questions", read)
+    takers = []
+    for name in cli.COMMANDS:
+        module = importlib.import_module(f"fspad_hf_cli.commands.{name.replace('-', '_')}")
+        if "add_questions_argument" not in vars(module):
+            continue
+        takers.append(name)
+        needed = {"acceptance": "", "ablate": f"--target {pair['target']} --data d", "bench": ""}[name]
+        output = "" if name == "acceptance" else f"--output {tmp_path / name}"
+        with pytest.raises(Asked, match="Why"):
+            cli.main([name, *needed.split(), *output.split(), "--per-task", "1"])
+    assert takers == ["bench", "acceptance", "ablate"] and len(published) == 1

@@ -3,7 +3,6 @@ import json
 import pytest
 import torch
 
-from fspad_hf.cli import main
 from fspad_hf.evaluation import verify as module
 from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.verify import verify
@@ -11,6 +10,7 @@ from fspad_hf.generation import hook, rounds
 from fspad_hf.generation.cache import ArenaCache
 from fspad_hf.generation.probe import ProbeResult
 from fspad_hf.generation.verification import NoiseQueue
+from fspad_hf_cli import main
 
 from .. import tiny
 from ..conftest import fresh_draft

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.cli import main
 from fspad_hf.training import ablation, acceptance
 from fspad_hf.training.ablation import VARIANTS, run_ablation
 from fspad_hf.training.acceptance import mean_tau, measure_acceptance
 from fspad_hf.training.config import TrainingConfig
+from fspad_hf_cli import main
 
 from .runs import write_files
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from fspad_hf import FSPADCandidateGenerator, runtime
-from fspad_hf.cli import main
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
 from fspad_hf.loading import encode_chat
 from fspad_hf.training import many_trees
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
 from fspad_hf.training.many_trees import ManyTrees
+from fspad_hf_cli import main
 
 from ..conftest import fresh_draft
 
@@ -70,7 +70,7 @@ def test_measure(llama, tokenizer):
 def test_the_command_tells_how_far_it_is_when_piped(llama, tokenizer, tmp_path, capsys):
     llama.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
     fresh_draft(llama, tree_depth=2, tree_top_k=2, tree_total_nodes=4).save_pretrained(tmp_path, tokenizer=tokenizer)
-    asked = [{"category": c, "turns": [f"{c} {n}"]} for c in ("rag", "qa") for n in range(11)]
+    asked = [{"category": c, "turns": [f"{c} {n}"]} for c in ("rag", "summarization") for n in range(11)]
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, asked)))
     command = ["acceptance", "--target", tmp_path / "target", "--draft", tmp_path, "--device", "cpu"]
     command += ["--questions", tmp_path / "questions.jsonl", "--per-task", "11", "--max-new-tokens", "4"]
@@ -78,7 +78,10 @@ def test_the_command_tells_how_far_it_is_when_piped(llama, tokenizer, tmp_path, 
     shown = capsys.readouterr()
     lines = re.findall(r"^answers simulated (\d+)/44, \d+ s left$", shown.err, re.MULTILINE)
     assert len(lines) == 20 and lines[-1] == "44" and [int(n) for n in lines] == sorted(map(int, lines))
-    assert re.search(r"\bqa\b.*\brag\b", shown.out) and "T = 1, uncoupled" in shown.out
+    assert max(map(len, shown.out.splitlines())) <= 80  # and nothing is cut
+    assert re.search(r"T = 0 +T = 1, coupled +T = 1, uncoupled", shown.out)
+    figures = {name: line.split() for line in shown.out.splitlines() for name in line.split()[:1]}
+    assert all(len(figures[name]) == 4 for name in ("summarization", "rag", "mean"))
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 66
 
 

@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.cli import main
 from fspad_hf.training import data
 from fspad_hf.training.conversations import conversation, load_conversations, tokenize
 from fspad_hf.training.data import load_training_rows, span_mask
 from fspad_hf.training.preview import TRAINED, preview
 from fspad_hf.training.templates import TemplateProblem, assistant_span
+from fspad_hf_cli import main
 
 from .. import tiny
 from .chat import CHAT, CHATML, TEMPLATES, chat_tokenizer, saved_target, talker, write_chats

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from fspad_hf import FSPADConfig
-from fspad_hf.cli import main
+from fspad_hf.demo_target import released_draft
 from fspad_hf.training import coupling
 from fspad_hf.training.coupling import fit_coupling
+from fspad_hf_cli import main
 
 from ..conftest import fresh_draft
 
@@ -81,21 +82,59 @@ def test_nothing_to_fit_on(llama):
         fit_coupling(fresh_draft(llama), llama, torch.ones(2, 9).long(), torch.zeros(2, 9, dtype=torch.bool))
 
 
-def test_the_command_rewrites_the_settings_alone(llama, tokenizer, tmp_path, capsys):
-    target, folder = tmp_path / "target", tmp_path / "draft"
+@pytest.fixture
+def files(llama, tokenizer, tmp_path):
+    """The command's arguments, for a draft in tmp_path/draft."""
+    target, rows = tmp_path / "target", tokenizer("<u>what|<a>the answer to that is no.>|").input_ids
     llama.save_pretrained(target), tokenizer.save_pretrained(target)
-    draft = fresh_draft(llama)
-    draft.save_pretrained(folder, tokenizer=tokenizer)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    rows = np.tile(tokenizer("<u>what|<a>the answer to that is no.>|").input_ids, (4, 1)).astype(np.uint16)
-    np.save(tmp_path / "rows.npy", rows)
-    command = ["calibrate", "--target", str(target), "--draft", str(folder), "--data", str(tmp_path / "rows.npy")]
-    assert main(command) == 0
-    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    draft = fresh_draft(llama, coupling_sharpness=2.5, coupling_kappa=4.0)  # far too sure of itself
+    draft.save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
+    np.save(tmp_path / "rows.npy", np.tile(rows, (4, 1)).astype(np.uint16))
+    options = {"--target": target, "--draft": tmp_path / "draft", "--data": tmp_path / "rows.npy", "--device": "cpu"}
+    return ["calibrate", *(str(word) for option in options.items() for word in option)]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_command_rewrites_the_settings_alone(files, tmp_path, capsys):
+    folder, before = tmp_path / "draft", contents(tmp_path / "draft")
+    assert main(files) == 0 and ": written\n" in capsys.readouterr().out
+    after = contents(folder)
     assert [name for name in before if before[name] != after[name]] == ["speculation_config.json"]
-    settings, earlier = (json.loads(files["speculation_config.json"]) for files in (after, before))
-    assert (settings["coupling_sharpness"], settings["coupling_kappa"]) != (1.0, 1.0)
-    assert {k: v for k, v in settings.items() if "coupling" not in k} == earlier
+    config = json.loads(after["speculation_config.json"])
+    assert (config["coupling_sharpness"], config["coupling_kappa"]) != (2.5, 4.0)
+    assert {k: v for k, v in config.items() if "coupling" not in k} == {
+        k: v for k, v in json.loads(before["speculation_config.json"]).items() if "coupling" not in k
+    }
     assert FSPADConfig.from_pretrained(folder).architectures == ["FSPADDraftModel", "AutoModelForCausalLM"]
-    assert main([*command[:-1], str(tmp_path / "none.npy")]) == 2
+    assert main([*files, "--data", str(tmp_path / "none.npy")]) == 2
     assert "none.npy" in capsys.readouterr().err
+
+
+def test_values_that_are_no_gain_are_not_written(files, tmp_path, capsys):
+    assert main(files) == 0
+    capsys.readouterr()
+    before = contents(tmp_path / "draft")
+    assert main(files) == 0 and contents(tmp_path / "draft") == before
+    assert "left as it is, no gain over its sharpness" in capsys.readouterr().out
+    assert main([*files, "--rows", "1"]) == 2 and "rows=1" in capsys.readouterr().err
+
+
+def test_a_gain_is_one_on_other_rows(llama, monkeypatch):
+    """Values for another draft are a gain to replace; to replace the fitted ones again is none."""
+    draft = fresh_draft(llama)
+    first = given(monkeypatch, draft, factor=2.0)
+    again = given(monkeypatch, draft, factor=2.0)
+    assert first["gain"] > first["gain_error"] > 0 and again["gain"] <= again["gain_error"]
+
+
+def test_the_draft_of_the_package_is_left_alone(files, capsys):
+    with pytest.raises(SystemExit):
+        main([word for word in files if word != "--draft" and not word.endswith("draft")])
+    assert "required: --draft" in capsys.readouterr().err
+    draft = released_draft()
+    before = contents(draft)
+    assert main([*files, "--draft", str(draft)]) == 2 and contents(draft) == before
+    assert "copy it (cp -r" in capsys.readouterr().err

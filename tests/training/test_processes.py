@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fspad_hf.cli import main
+from fspad_hf_cli import main
 
 from .runs import shown_steps, write_files
 

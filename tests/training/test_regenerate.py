@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from fspad_hf.cli import main
 from fspad_hf.training import regenerate as regeneration
 from fspad_hf.training.conversations import load_conversations, tokenize
 from fspad_hf.training.regenerate import regenerate
+from fspad_hf_cli import main
 
 from .chat import CHAT, chat_tokenizer, saved_target, talker, write_chats
 

@@ -1,4 +1,5 @@
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,6 @@ import torch
 import transformers as tf
 
 import fspad_hf
-from fspad_hf.cli import main
 from fspad_hf.training import decode_loop, shards
 from fspad_hf.training.data import span_mask
 from fspad_hf.training.decode_loop import SelfplayDecoder, TurnTables
@@ -20,6 +20,7 @@ from fspad_hf.training.exclusion import (
 )
 from fspad_hf.training.selfplay import RowFilter, SelfplayConfig, eos_ids, selfplay
 from fspad_hf.training.templates import assistant_span, derive_glue, special_ids, template_sha256
+from fspad_hf_cli import main, make_parser
 
 from .. import tiny
 from .chat import CHATML, TEMPLATES, chat_tokenizer, talker
@@ -411,7 +412,13 @@ def test_the_command(chatml, tmp_path, capsys):
     arguments += ["--row-length", "250", "--batch-rows", "8", "--temperatures", "0", "1", "--device", "cpu"]
     assert main(arguments) == 0
     err = capsys.readouterr().err
-    assert "tok/s" in err and "--data" in err
+    assert "tok/s" in err
+    hint = make_parser().parse_args(shlex.split(err.splitlines()[-1])[1:])  # as it stands, on a line of its own
+    assert (hint.target, hint.data, hint.output_dir) == (
+        target,
+        [str(tmp_path / "rows")],
+        str(tmp_path / "rows-draft"),
+    )
     assert json.loads((tmp_path / "rows" / "manifest.json").read_text())["settings"]["temperatures"] == [0.0, 1.0]
     assert main([*arguments, "--seed", "1"]) == 2 and "seed 0 -> 1" in capsys.readouterr().err
     assert main([*arguments, "--exclude", str(tmp_path / "nowhere")]) == 2

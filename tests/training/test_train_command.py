@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 
 import numpy as np
@@ -14,10 +15,10 @@ from rich.console import Console
 
 from fspad_hf import FSPADConfig, FSPADDraftModel
 from fspad_hf.cards import read_provenance
-from fspad_hf.cli import main
 from fspad_hf.training import checkpoints, run, tracking, trainer
 from fspad_hf.training.config import TrainingConfig, read_config_file
 from fspad_hf.training.schedule import learning_rate_at
+from fspad_hf_cli import main, make_parser
 
 from .runs import shown_steps, write_files
 
@@ -73,7 +74,7 @@ def test_the_line_on_a_terminal():
     with tracking.TrainingDisplay(TrainingConfig("x", steps=4), console) as display:
         display.since -= 10
         display({"step": 1, "loss": 1.5, "feature": 1, "logit": 5, "top1": 0.25, "tokens": 1000})
-    line = "1/4 loss 1.5000  feature 1.0000  logit 5.0000  top1 0.2500  100 tokens/s  30 s left"
+    line = "1/4 loss 1.5000  30 s left  100 tokens/s  feature 1.0000  logit 5.0000  top1 0.2500"
     assert line in " ".join(text.getvalue().split(" ")) and "validated" not in text.getvalue()
 
 
@@ -114,12 +115,39 @@ def test_an_interrupt_saves_first_and_tells_how_to_go_on(command, tmp_path, monk
     assert "Interrupted after step 4 of 6" in told.err and "run the same command again" in told.err
     assert signal.getsignal(number) == before and not (tmp_path / "draft" / "model.safetensors").exists()
     monkeypatch.setattr(run.TrainingDisplay, "__call__", shown)
+    with (tmp_path / "draft" / "losses.jsonl").open("a") as file:  # as a process leaves it that was killed later
+        file.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')
     assert main([*command, "--log-every", "1"]) == 0
     rest = shown_steps(capsys.readouterr().out)
     assert [line[0] for line in rest] == ["5", "6"]
     whole = [*command, "--log-every", "1", "--output", str(tmp_path / "whole")]
     assert main(whole) == 0
     assert shown_steps(capsys.readouterr().out)[4:] == rest
+    logs = [(tmp_path / name / "losses.jsonl").read_text() for name in ("draft", "whole")]
+    records = [json.loads(line) for line in logs[0].splitlines()]
+    assert logs[0] == logs[1] and [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert {"loss", "feature", "logit", "top1", "learning_rate"} < records[0].keys()
+    assert "validation_loss" in records[5] and f"{records[5]['loss']:.4f}" == rest[1][1]
+
+
+def test_the_end_names_the_draft_and_commands_that_run(command, files, tmp_path, capsys):
+    assert main([*command, "--steps", "1"]) == 0
+    last = capsys.readouterr().out.splitlines()[-3:]
+    assert last[0].startswith(f"The draft is in {tmp_path / 'draft'}.")
+    for line, name in zip(last[1:], ("demo", "bench"), strict=True):
+        program, *words = shlex.split(line)
+        options = vars(make_parser().parse_args(words))
+        assert (program, words[0], options["target"]) == ("fspad-hf", name, files[1])
+        assert (options.get("draft") or options["drafts"][0]) == str(tmp_path / "draft")
+
+
+def test_rows_too_few_to_hold_any_out_are_told_once(command, files, tmp_path, capsys):
+    np.save(tmp_path / "few.npy", np.load(files[3])[:19])
+    assert main([*command, "--data", str(tmp_path / "few.npy"), "--steps", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("Warning: of 19 rows none is held out") == 1 and "Take 20 rows or more" in shown
+    assert main([*command, "--steps", "1", "--output", str(tmp_path / "other")]) == 0
+    assert "Warning" not in capsys.readouterr().out
 
 
 def test_an_interrupt_in_the_last_validation_is_not_lost(command, tmp_path, monkeypatch, capsys):

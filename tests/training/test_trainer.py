@@ -188,10 +188,10 @@ def test_spans():
 
 
 def test_the_command_trains_a_draft_that_generate_takes(llama, rows, tokenizer, tmp_path, monkeypatch, capsys):
-    from fspad_hf.cli import main
     from fspad_hf.training import data as training_data
     from fspad_hf.training import run
     from fspad_hf.training.templates import assistant_span
+    from fspad_hf_cli import main
 
     llama.save_pretrained(tmp_path / "target")
     tokenizer.save_pretrained(tmp_path / "target")

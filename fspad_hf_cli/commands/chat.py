@@ -17,7 +17,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..chat import run_chat
+    from fspad_hf.chat import run_chat
 
     run_chat(**options)
     return 0

@@ -14,8 +14,8 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..demo import run_demo
-    from ..runtime import is_exact
+    from fspad_hf.demo import run_demo
+    from fspad_hf.runtime import is_exact
 
     rows = run_demo(**options)
     differs = not all(row["identical"] for row in rows)

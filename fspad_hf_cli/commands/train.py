@@ -1,5 +1,7 @@
+import shlex
 from argparse import SUPPRESS
 from collections.abc import Callable
+from pathlib import Path
 
 ABOUT = "train a draft for a target; an interrupted run goes on where it stood; runs under accelerate launch as it is"
 REQUIRED = {"target": "--target", "data": "--data", "output_dir": "--output"}
@@ -97,8 +99,8 @@ def take_configs(options: dict) -> dict:
     """The arguments of `run_training` that the options mean: `config`, `data`, `dtype`, and the others as they are."""
     import os
 
-    from ..runtime import resolve_dtype
-    from ..training.config import DataConfig, TrainingConfig
+    from fspad_hf.runtime import resolve_dtype
+    from fspad_hf.training.config import DataConfig, TrainingConfig
 
     rest = {"mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), **options}
     config, data = (
@@ -109,8 +111,10 @@ def take_configs(options: dict) -> dict:
 
 
 def _run(file: str | None, plan: bool, options: dict) -> int:
-    from ..training.config import DataConfig, TrainingConfig, read_config_file
-    from ..training.run import run_training
+    from accelerate import PartialState
+
+    from fspad_hf.training.config import DataConfig, TrainingConfig, read_config_file
+    from fspad_hf.training.run import run_training
 
     kinds = (TrainingConfig, DataConfig)
     others = {"target", "rows", "target_name", "dtype", "device_map", "draft_vocab_size", "keep_features"}
@@ -126,5 +130,12 @@ def _run(file: str | None, plan: bool, options: dict) -> int:
     for name in FLAGS:
         if not isinstance(options.get(name, False), bool):
             raise ValueError(f"{name}={options[name]!r}: expected true or false.")
-    run_training(plan=plan, **take_configs(options))
+    arguments = take_configs(options)
+    draft = run_training(plan=plan, **arguments)
+    if draft is not None and PartialState().is_main_process:
+        folder = arguments["config"].output_dir
+        models = ["--target", arguments["target"], "--draft", folder]
+        print(f"The draft is in {folder}. Try it, or measure it:")
+        print(" ", shlex.join(["fspad-hf", "demo", *models]))
+        print(" ", shlex.join(["fspad-hf", "bench", *models, "--per-task", "4", "--output", f"{Path(folder)}-bench"]))
     return 0

@@ -19,7 +19,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..hub import push_folder
+    from fspad_hf.hub import push_folder
 
     commit = push_folder(**options)
     print(commit.pr_url or commit.commit_url)

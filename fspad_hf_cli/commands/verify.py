@@ -17,6 +17,6 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..evaluation.verify import run_verify
+    from fspad_hf.evaluation.verify import run_verify
 
     return 0 if run_verify(**options) else 1

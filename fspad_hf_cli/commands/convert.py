@@ -16,7 +16,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..conversion import convert_checkpoint
+    from fspad_hf.conversion import convert_checkpoint
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

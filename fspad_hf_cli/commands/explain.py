@@ -19,7 +19,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..explain import run_explain
+    from fspad_hf.explain import run_explain
 
     made = run_explain(**options)
     count, tokens = len(made.rounds), sum(len(one.emitted) for one in made.rounds)

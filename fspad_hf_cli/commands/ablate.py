@@ -1,3 +1,4 @@
+from . import add_questions_argument
 from .train import add_shared_arguments, take_configs, told_once
 
 ABOUT = "train FSPAD and its ablations (EAGLE-2 among them) alike, and compare their tau"
@@ -5,7 +6,7 @@ ABOUT = "train FSPAD and its ablations (EAGLE-2 among them) alike, and compare t
 
 def add_arguments(parser) -> None:
     parser.add_argument("--target", required=True, metavar="PATH_OR_HUB_ID")
-    parser.add_argument("--questions", required=True, metavar="FILE", help="Spec-Bench's question.jsonl")
+    add_questions_argument(parser)
     parser.add_argument(
         "--output", dest="output_dir", required=True, metavar="DIR", help="drafts, figures, report; taken up if begun"
     )
@@ -19,7 +20,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..training.ablation import run_ablation
+    from fspad_hf.training.ablation import run_ablation
 
     def work() -> int:
         run_ablation(**take_configs(options))

@@ -1,11 +1,11 @@
-from . import add_model_arguments
+from . import add_model_arguments, add_questions_argument
 
 ABOUT = "measure tau on the first turns of Spec-Bench, by exact simulation of the rounds"
 
 
 def add_arguments(parser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--questions", required=True, metavar="FILE", help="Spec-Bench's question.jsonl")
+    add_questions_argument(parser)
     parser.add_argument("--per-task", type=int, default=16, metavar="N", help="prompts a task (default: 16)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens an answer (default: 128)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampled answers (default: 0)")
@@ -13,7 +13,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..training.acceptance import run_acceptance
+    from fspad_hf.training.acceptance import run_acceptance
 
     run_acceptance(**options)
     return 0

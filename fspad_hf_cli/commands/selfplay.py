@@ -25,7 +25,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..training.selfplay import SelfplayConfig, run_selfplay
+    from fspad_hf.training.selfplay import SelfplayConfig, run_selfplay
 
     names = SelfplayConfig.__dataclass_fields__.keys() & options.keys()
     run_selfplay(config=SelfplayConfig(**{name: options.pop(name) for name in names}), **options)

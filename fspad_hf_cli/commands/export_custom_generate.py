@@ -6,7 +6,7 @@ def add_arguments(parser) -> None:
 
 
 def run(directory: str) -> int:
-    from ..custom_generate import export_custom_generate
+    from fspad_hf.custom_generate import export_custom_generate
 
     folder = export_custom_generate(directory)
     print(f"Written to {folder}: upload it with `hf upload user/name {directory}`.")

@@ -1,4 +1,4 @@
-from . import add_model_arguments, add_tree_arguments
+from . import add_model_arguments, add_questions_argument, add_tree_arguments
 
 ABOUT = "Spec-Bench, or your own prompts: FSPAD beside plain generate, compile, prompt lookup and an assistant"
 
@@ -9,7 +9,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="results.json, report.md and plots; resumed")
     what = parser.add_argument_group("questions")
     what.add_argument("--suite", default="spec-bench", choices=("spec-bench",), help="(default: spec-bench)")
-    what.add_argument("--questions", metavar="FILE", help="Spec-Bench's question.jsonl (default: downloaded once)")
+    add_questions_argument(what)
     what.add_argument("--prompts", metavar="FILE", help="own prompts instead: JSON lines with `messages` or `prompt`")
     what.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks")
     what.add_argument("--per-task", type=int, metavar="N", help="so many questions a task (default: all)")
@@ -29,7 +29,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..evaluation.run import run_bench
+    from fspad_hf.evaluation.run import run_bench
 
     options.pop("suite")
     results = run_bench(**options)

@@ -1,12 +1,16 @@
 """The commands of `fspad-hf`, a module each.
 
 Each module has `ABOUT` (one line), `add_arguments(parser)` and `run(**options) -> int`, whose exit status is 0 for
-done and 1 for a failure found. A module imports what it needs when it runs, so that `--help` needs no extra.
+done and 1 for a failure found. A module imports what it needs when it runs, so that `--help` needs no extra and no
+time.
 """
 
 
-def add_model_arguments(parser, several_drafts: bool = False):
-    """`--target`, `--draft`, `--device` and `--dtype`, as [`fspad_hf.loading.load_models`] takes them."""
+def add_model_arguments(parser, several_drafts: bool = False, folder: bool = False):
+    """
+    `--target`, `--draft`, `--device` and `--dtype`, as [`fspad_hf.loading.load_models`] takes them; with `folder` the
+    draft is one that is changed, so there is no default.
+    """
     models = parser.add_argument_group("models")
     models.add_argument(
         "--target", metavar="PATH_OR_HUB_ID", help="default: the one that the draft names; SmolLM2-135M from PyPI"
@@ -16,6 +20,8 @@ def add_model_arguments(parser, several_drafts: bool = False):
             "--draft", dest="drafts", action="append", metavar="[NAME=]PATH_OR_HUB_ID",
             help="may be repeated; default: the released draft of SmolLM2-135M",
         )  # fmt: skip
+    elif folder:
+        models.add_argument("--draft", metavar="DIR", required=True, help="whose config.json may be rewritten")
     else:
         models.add_argument("--draft", metavar="PATH_OR_HUB_ID", help="default: the released draft of SmolLM2-135M")
     models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
@@ -36,3 +42,8 @@ def add_tree_arguments(parser):
         "--tree", choices=("fixed", "auto"),
         help="auto: each round's tree is the one, up to that size, that promises most tokens a second",
     )  # fmt: skip
+
+
+def add_questions_argument(parser):
+    """`--questions`, as [`fspad_hf.evaluation.spec_bench.read_questions`] takes it."""
+    parser.add_argument("--questions", metavar="FILE", help="Spec-Bench's question.jsonl (default: downloaded once)")

@@ -33,7 +33,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..evaluation.profile_run import run_profile
+    from fspad_hf.evaluation.profile_run import run_profile
 
     run_profile(**options)
     return 0

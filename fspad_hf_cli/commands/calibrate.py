@@ -1,10 +1,10 @@
 from . import add_model_arguments
 
-ABOUT = "fit coupled drafting (coupling_sharpness, coupling_kappa) to held-out text; changes the draft's config.json"
+ABOUT = "fit coupled drafting (coupling_sharpness, coupling_kappa) to held-out text; a gain goes into config.json"
 
 
 def add_arguments(parser) -> None:
-    add_model_arguments(parser)
+    add_model_arguments(parser, folder=True)
     parser.add_argument(
         "--data",
         required=True,
@@ -18,7 +18,7 @@ def add_arguments(parser) -> None:
 
 
 def run(**options) -> int:
-    from ..training.coupling import run_calibration
+    from fspad_hf.training.coupling import run_calibration
 
     run_calibration(**options)
     return 0
