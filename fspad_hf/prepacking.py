@@ -6,8 +6,8 @@ Prepacked weights: a second copy of a model's linear weights on a CPU, in the bl
     prepack(target)   # every forward of a few rows is quicker, plain decoding's and speculation's alike
     unpack(target)
 
-In bfloat16 `linear` blocks a weight anew at each call, which costs as much as the product. The copy takes the memory of
-the weights once more, and does not follow them: after a change (training, merging an adapter) call `prepack` again.
+In bfloat16 `linear` blocks a weight anew at each call, which costs as much as the product. The copy takes the memory
+of the weights once more, and does not follow them: after a change (training, merging an adapter) pack again.
 """
 
 import torch
