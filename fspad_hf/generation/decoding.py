@@ -4,17 +4,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.utils import logging
 
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
+from ..speculation_config import SpeculationConfig
 from .candidate_generator import FSPADCandidateGenerator
 from .costs import costs_of
 from .graphs import make_rounds
 from .probe import probe
 from .tuning import trees_of
 from .verification import NoiseQueue, TokenEmitter
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -72,7 +76,8 @@ def tree_decoding(
     if generation_config.do_sample:
         noise = NoiseQueue(input_ids.device, target.text_config.vocab_size)
     emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer, noise)
-    generator = FSPADCandidateGenerator(draft, target, logits_processor, noise)
+    settings = settings_of_call(draft, target.device, generation_config)
+    generator = FSPADCandidateGenerator(draft, target, logits_processor, noise, settings)
     record = SpeculationRecord()
 
     with ExitStack() as stack:
@@ -86,11 +91,11 @@ def tree_decoding(
             on_round = getattr(streamer, "on_round", None)
             rounds = make_rounds(target, generator, emitter, prefill_cache, features, prompt, offset, on_round)
             stack.callback(rounds.close)
-            costs = costs_of(target, draft, rounds.captured) if generator.settings.tree == "auto" else None
-            trees = trees_of(generator.settings, costs)
+            costs = costs_of(target, draft, rounds.captured) if settings.tree == "auto" else None
+            trees = trees_of(settings, costs)
 
         while not emitter.finished:
-            found = rounds.lookup.continuation(generator.settings.tree_lookup_tokens)
+            found = rounds.lookup.continuation(settings.tree_lookup_tokens)
             shape = rounds.limit(trees.choose(found), generation_config.max_length)
             tree, path = rounds.run(shape, found.tokens[: shape.lookup], costs)
             trees.observe(tree, path, found, emitter.emitted[-len(path) :])
@@ -107,6 +112,30 @@ def tree_decoding(
         speculation=record,
         **{CACHE: prefill_cache},
     )
+
+
+def settings_of_call(draft: FSPADDraftModel, device: torch.device, generation_config) -> SpeculationConfig:
+    """
+    The draft's settings, resolved, and what the call says to stock assistants: `num_assistant_tokens`, the most tokens
+    to guess ahead, is the most levels here. `assistant_confidence_threshold` says nothing about a tree, which has the
+    most confident nodes anyway.
+    """
+    settings, default = draft.speculation_settings(device), GenerationConfig._get_default_generation_params()
+
+    def asked(name: str):
+        given = (getattr(config, name, None) for config in (generation_config, draft.generation_config))
+        return next((value for value in given if value not in (None, default.get(name))), None)
+
+    if (most := asked("num_assistant_tokens")) is not None:
+        settings.tree_depth = min(settings.tree_depth, max(int(most), 1))
+        settings.tree_lookup_tokens = min(settings.tree_lookup_tokens, max(int(most), 1))
+        settings = settings.resolved(device)  # fewer levels may hold fewer nodes
+    if asked("assistant_confidence_threshold") is not None:
+        logger.warning_once(
+            "assistant_confidence_threshold says nothing about a draft tree and is not used: set "
+            "draft.speculation_config.tree_total_nodes, of which the most confident nodes are verified."
+        )
+    return settings
 
 
 def _prompt_layout(input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.BoolTensor, int]:

@@ -4,10 +4,11 @@ import threading
 
 import pytest
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 
 import fspad_hf
 from fspad_hf import FSPADDraftModel
+from fspad_hf.generation import decoding
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -160,3 +161,22 @@ def test_an_offloaded_target(how, same, prompt, tmp_path):
     same(model, prompt, draft=draft, max_new_tokens=16, min_tau=1.5)
     fast = model.generate(prompt, assistant_model=draft, max_new_tokens=9, return_dict_in_generate=True)
     assert fast.speculation.rounds and fast.sequences.tolist() == model.generate(prompt, max_new_tokens=9).tolist()
+
+
+def test_what_a_call_says_to_stock_assistants(llama, prompt, oracle, monkeypatch):
+    seen = []
+    monkeypatch.setattr(decoding.logger, "warning_once", seen.append)
+    kwargs = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
+    plain = llama.generate(prompt, **kwargs).sequences
+    oracle(plain[0].tolist(), 1.0, 64)
+    draft = fresh_draft(llama)
+    deep = llama.generate(prompt, assistant_model=draft, **kwargs)
+    assert max(deep.speculation.accepted_lengths) == 7 and not seen
+    for where in ("call", "draft"):
+        draft.generation_config = GenerationConfig(num_assistant_tokens=2) if where == "draft" else None
+        asked = {"num_assistant_tokens": 2} if where == "call" else {}
+        flat = llama.generate(prompt, assistant_model=draft, **kwargs, **asked)
+        assert flat.sequences.equal(plain) and max(flat.speculation.accepted_lengths) == 3 and not seen
+    draft.generation_config = None
+    out = llama.generate(prompt, assistant_model=draft, assistant_confidence_threshold=0.9, **kwargs)
+    assert out.sequences.equal(plain) and len(seen) == 1 and "assistant_confidence_threshold" in seen[0]
