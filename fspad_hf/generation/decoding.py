@@ -122,8 +122,10 @@ def settings_of_call(draft: FSPADDraftModel, device: torch.device, generation_co
     """
     settings, default = draft.speculation_settings(device), GenerationConfig._get_default_generation_params()
 
+    configs = generation_config, getattr(draft, "generation_config", None)
+
     def asked(name: str):
-        given = (getattr(config, name, None) for config in (generation_config, draft.generation_config))
+        given = (getattr(config, name, None) for config in configs)
         return next((value for value in given if value not in (None, default.get(name))), None)
 
     if (most := asked("num_assistant_tokens")) is not None:
