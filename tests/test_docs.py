@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import gpu
 import numpy as np
@@ -370,3 +371,18 @@ def test_versions_are_those_of_the_project():
         assert wanted["torch"] in text and wanted["transformers"] in text
         assert f"Python {PROJECT['requires-python'].removeprefix('>=')}" in text
     assert os.path.getsize(ROOT / "docs" / "images" / "tree.svg") > 1000
+
+
+def test_pictures_have_a_title_an_alt_text_and_plain_spaces():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("hub_cards/**/*.md")]
+    embedded = {
+        (page.parent / place).resolve(): alt
+        for page in pages
+        for alt, place in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
+    drawn = {*ROOT.glob("docs/**/*.svg"), *ROOT.glob("hub_cards/**/*.svg")}
+    assert drawn and embedded.keys() == drawn and all(" " in alt for alt in embedded.values())
+    for path in drawn:
+        title, text = ElementTree.parse(path).getroot()[0], path.read_text(encoding="utf-8")
+        assert title.tag.endswith("}title") and " " in title.text and "\N{OPEN BOX}" not in title.text
+        assert "\N{NO-BREAK SPACE}" not in text
