@@ -21,6 +21,7 @@ from xml.etree import ElementTree
 import gpu
 import numpy as np
 import parts
+import peft
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
@@ -112,6 +113,8 @@ def stock(tmp_path_factory, tokenizer):
     draft = fresh_draft(model, tree_depth=3, tree_top_k=3, tree_total_nodes=8)
     draft.config.target_name_or_path = HUB_TARGET
     draft.save_pretrained(folder / "hub_cards" / DRAFT, tokenizer=tokenizer)
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(tiny.build("llama"), adapter).save_pretrained(folder / "adapter")
     eagle = reference.weights_of("vicuna", model.get_input_embeddings().weight)
     reference.write(folder / "eagle", "vicuna", eagle)
     choose = random.Random(0)
@@ -204,7 +207,7 @@ class Runner:
             (folder / path.name).write_bytes(path.read_bytes())
         models = {"": f"cache/{TARGET}", "-of-the-fine-tune": f"cache/{TARGET}", "-of-its-draft": f"hub_cards/{DRAFT}"}
         (folder / "path" / "or").mkdir(parents=True)
-        for suffix, place in (models | {"-of-the-checkpoint": "eagle"}).items():
+        for suffix, place in (models | {"-of-the-checkpoint": "eagle", "-of-an-adapter": "adapter"}).items():
             (folder / "path" / "or" / f"hub-id{suffix}").symlink_to(self.stock / place)
 
 
