@@ -24,6 +24,7 @@ import parts
 import peft
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
@@ -389,3 +390,23 @@ def test_pictures_have_a_title_an_alt_text_and_plain_spaces():
         title, text = ElementTree.parse(path).getroot()[0], path.read_text(encoding="utf-8")
         assert title.tag.endswith("}title") and " " in title.text and "\N{OPEN BOX}" not in title.text
         assert "\N{NO-BREAK SPACE}" not in text
+
+
+def test_the_citation_is_that_of_the_cards():
+    made = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    (paper,) = made["references"]
+    assert (made["title"], made["license"]) == (PROJECT["name"], PROJECT["license"])
+    card = (ROOT / "hub_cards" / "card.md.jinja").read_text(encoding="utf-8")
+    bibtex = dict(re.findall(r"^  (\w+) += \{(.*)\}", card, re.M))
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    found = {"title": paper["title"], "author": authors, "journal": paper["journal"], "year": str(paper["year"])}
+    assert found == bibtex and paper["url"] == PROJECT["urls"]["Paper"]
+
+
+def test_ci_runs_the_readme_command_on_every_python_of_the_project():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["tests"]
+    pythons = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if ":: Python :: 3." in text]
+    assert job["strategy"]["matrix"]["python"] == pythons and PROJECT["requires-python"] == f">={pythons[0]}"
+    command = re.search(r"-c \"\$\((.*)\)\"$", job["steps"][-1]["run"])[1]
+    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert found in (ROOT / "README.md").read_text(encoding="utf-8") and "[test]" in found and "&& pytest" in found
