@@ -82,8 +82,7 @@ def layout(made: Round) -> list[Box]:
 
 def svg_picture(explanation: Explanation, rounds: int) -> str:
     """An SVG file of the first `rounds` rounds, two side by side where both are narrow."""
-    root = _svg()
-    ET.SubElement(root, "title").text = visible(f"{explanation.title}: {explanation.prompt}")
+    root = _svg(f"{explanation.title}: {explanation.prompt}")
     _text(root, MARGIN, 22, _cut(f"{explanation.title}: “{visible_line(explanation.prompt)}”", 110), bold=True)
     _legend(root, 44)
     shown = explanation.rounds[:rounds]
@@ -107,11 +106,11 @@ def svg_picture(explanation: Explanation, rounds: int) -> str:
 
 def html_page(explanation: Explanation, rounds: int) -> str:
     """An HTML page of the first `rounds` rounds, each with the text so far."""
-    legend = _svg()
+    legend = _svg("The colours of the trees")
     _legend(legend, 14)
     sections = []
     for number, made in enumerate(explanation.rounds[:rounds]):
-        picture = _svg()
+        picture = _svg(f"The tree of round {number + 1}: {_summary(made)}")
         group = ET.SubElement(picture, "g", transform=f"translate({MARGIN} 4)")
         width, height = _draw_tree(group, made, explanation.pieces)
         before, accepted, bonus = map(escape, map(_printable, _parts(explanation, number)))
@@ -243,10 +242,11 @@ def _growing_text(root: ET.Element, y: float, parts: tuple[str, str, str], width
     room -= int(_cells(accepted + bonus)) + 1
     if _cells(before) > room:
         before = "…" + _cut(before[::-1], room, "")[::-1]
-    line = ET.SubElement(root, "text", {"x": "0", "y": f"{y:g}"})
+    # A tspan's outer spaces count; no-break spaces in their place are dropped by some renderers.
+    line = ET.SubElement(root, "text", {"x": "0", "y": f"{y:g}", "xml:space": "preserve"})
     for part, colour in ((before, INK), (accepted, ACCEPTED), (bonus, BONUS)):
         weight = {} if colour == INK else {"font-weight": "bold"}
-        ET.SubElement(line, "tspan", {"fill": colour, **weight}).text = part.replace(" ", "\N{NO-BREAK SPACE}")
+        ET.SubElement(line, "tspan", {"fill": colour, **weight}).text = part
 
 
 def _text(parent: ET.Element, x: float, y: float, text: str, bold: bool = False) -> None:
@@ -269,9 +269,11 @@ def _cut(text: str, longest: int, mark: str = "…") -> str:
     return text + mark
 
 
-def _svg() -> ET.Element:
+def _svg(title: str) -> ET.Element:
     font = {"font-family": FONT, "font-size": f"{SIZE}"}
-    return ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "role": "img", **font})
+    root = ET.Element("svg", {"xmlns": "http://www.w3.org/2000/svg", "role": "img", **font})
+    ET.SubElement(root, "title").text = visible_line(" ".join(title.split()))
+    return root
 
 
 def _serialise(root: ET.Element, width: float, height: float) -> str:

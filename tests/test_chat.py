@@ -2,7 +2,10 @@
 
 import io
 import re
+import signal
+import sys
 
+import pexpect
 import pytest
 import torch
 from rich.console import Console
@@ -11,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import fspad_hf_cli as cli
 from fspad_hf.chat import run_chat
 from fspad_hf.loading import encode_chat
+from fspad_hf.streaming import RunStreamer
 
 from . import tiny
 
@@ -59,13 +63,14 @@ def expected(pair, conversations, seed=0, **kwargs):
     [
         ({"greedy": True}, {"do_sample": False}),
         ({}, {}),  # the target's generation_config, which is greedy
+        ({"temperature": 0.0}, {"do_sample": False}),
         ({"temperature": 0.8}, {"do_sample": True, "temperature": 0.8}),
         (
             {"top_p": 0.7, "top_k": 0, "temperature": 1.5},
             {"do_sample": True, "top_p": 0.7, "top_k": 0, "temperature": 1.5},
         ),
     ],
-    ids=["greedy", "default", "temperature", "top-p"],
+    ids=["greedy", "default", "temperature-0", "temperature", "top-p"],
 )
 def test_answers_are_those_of_plain_generate(say, pair, options, kwargs):
     printed = say("hello", "", "and you?", "/reset", "hello", "/exit", "never", seed=4, system="be nice", **options)
@@ -83,13 +88,91 @@ def test_the_command_on_a_pipe_is_plain_text(monkeypatch, pair, capsys):
     assert cli.main([*arguments, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out and ">" not in out and len(RECORD.findall(out)) == 2
-    assert out.count("Unknown command /frobnicate: /reset starts") == 1
+    assert out.count("Unknown command /frobnicate: /help lists them.") == 1
+
+
+def test_help_lists_every_command(say):
+    printed = say("/help", "/exit")
+    assert all(re.search(f"^{command} +[a-z]", printed, re.M) for command in ("/help", "/reset", "/exit"))
 
 
 def test_a_terminal_has_a_prompt_and_colours(say, capsys):
     printed = say("hello", terminal=True)
     assert capsys.readouterr().out == "> > "  # by input(), which edits lines
-    assert "\x1b[33m[tau" in printed and "/reset starts a new conversation" in printed
+    assert "\x1b[33m[tau" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "answers", "trees"),
+    [
+        ({"greedy": True}, "greedy, up to 12 tokens", "fixed, depth 6, top-k 3, 6 nodes, 0 of them looked up"),
+        ({"temperature": 0.8, "top_k": 5, "tree": "auto", "tree_depth": 2, "tree_lookup": 1},
+         "sampled, temperature 0.8, top_k 5, up to 12 tokens",
+         "auto, at most depth 2, top-k 3, 6 nodes, 1 of them looked up"),
+    ],
+)  # fmt: skip
+def test_the_banner_of_a_terminal(say, pair, options, answers, trees):
+    banner = re.sub(r"\x1b\[[\d;]*m", "", say("/exit", terminal=True, **options)).splitlines()
+    assert banner[:4] == [
+        f"target  {pair['target']} (float32 on cpu)", f"draft   {pair['draft']}", f"answers {answers}",
+        f"trees   {trees}",
+    ]  # fmt: skip
+    assert any("/help" in line for line in banner[4:])
+
+
+@pytest.fixture
+def press(monkeypatch):
+    """`press(times)`: Ctrl-C, so often, when the first answer's first round begins."""
+
+    def arrange(times):
+        def on_round(self, tree):
+            for _ in range(left.pop() if left else 0):
+                signal.raise_signal(signal.SIGINT)
+            shown(self, tree)
+
+        left, shown = [times], RunStreamer.on_round
+        monkeypatch.setattr(RunStreamer, "on_round", on_round)
+
+    return arrange
+
+
+def test_ctrl_c_stops_the_answer_and_what_was_said_stays(say, pair, press):
+    press(1)
+    handler = signal.getsignal(signal.SIGINT)
+    printed = say("hello", "and you?", terminal=True, greedy=True)
+    assert re.findall(r"(\d+) tokens(.*?)]", printed) == [("2", ", stopped"), ("12", "")]
+    (said,) = expected(pair, [([], ["hello"])], max_new_tokens=2)
+    history = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
+    (answer,) = expected(pair, [(history, ["and you?"])])
+    (wrong,) = expected(pair, [([], ["and you?"])])
+    assert answer != wrong and answer in re.sub(r"\x1b\[[\d;]*m", "", printed)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_a_second_ctrl_c_takes_the_message_back(say, pair, press):
+    press(2)
+    handler = signal.getsignal(signal.SIGINT)
+    printed = say("hello", "and you?", terminal=True, greedy=True)
+    (answer,) = expected(pair, [([], ["and you?"])])
+    assert printed.count("no part of the conversation") == 1 and len(RECORD.findall(printed)) == 1
+    assert answer in re.sub(r"\x1b\[[\d;]*m", "", printed)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_the_prompt_edits_lines_and_remembers_them(pair):
+    """In a terminal of its own: arrow up brings the last line back, arrow left goes back in it, Ctrl-C ends."""
+    options = [x for name, value in pair.items() for x in (f"--{name}", value)]
+    arguments = ["-m", "fspad_hf", "chat", *options, "--max-new-tokens", "2", "--greedy"]
+    terminal = pexpect.spawn(sys.executable, arguments, encoding="utf-8", timeout=100, dimensions=(24, 200))
+    for typed in ("/hlp\x1b[D\x1b[De\r", "\x1b[A\x1b[D\x1b[Dx\r"):  # /help, then /hexlp
+        terminal.expect("> ")
+        terminal.send(typed)
+    terminal.expect("Unknown command /hexlp")
+    terminal.expect("> ")
+    terminal.sendintr()
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert terminal.exitstatus == 0
 
 
 def test_a_message_too_long_is_not_sent_and_the_conversation_goes_on(say, pair):
@@ -128,8 +211,9 @@ def test_ctrl_c_ends_it_cleanly(monkeypatch, say, during):
     ("options", "words"),
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
-        ({"greedy": True, "top_p": 0.5, "temperature": 1.0}, "greedy takes no temperature, top_p"),
-        ({"temperature": 0.0}, "temperature=0.0 must be above 0.*--greedy"),
+        ({"greedy": True, "top_p": 0.5, "temperature": 1.0}, "takes no temperature, top_p"),
+        ({"temperature": 0.0, "top_p": 0.5}, r"greedy \(temperature 0\) takes no top_p"),
+        ({"temperature": -0.1}, "temperature=-0.1 must be finite and 0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 1.5}, "top_p=1.5"),
         ({"top_p": 0.0}, "top_p=0.0"),

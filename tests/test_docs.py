@@ -16,12 +16,15 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import gpu
 import numpy as np
 import parts
+import peft
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from packaging.requirements import Requirement
 
@@ -111,6 +114,8 @@ def stock(tmp_path_factory, tokenizer):
     draft = fresh_draft(model, tree_depth=3, tree_top_k=3, tree_total_nodes=8)
     draft.config.target_name_or_path = HUB_TARGET
     draft.save_pretrained(folder / "hub_cards" / DRAFT, tokenizer=tokenizer)
+    adapter = peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(tiny.build("llama"), adapter).save_pretrained(folder / "adapter")
     eagle = reference.weights_of("vicuna", model.get_input_embeddings().weight)
     reference.write(folder / "eagle", "vicuna", eagle)
     choose = random.Random(0)
@@ -203,7 +208,7 @@ class Runner:
             (folder / path.name).write_bytes(path.read_bytes())
         models = {"": f"cache/{TARGET}", "-of-the-fine-tune": f"cache/{TARGET}", "-of-its-draft": f"hub_cards/{DRAFT}"}
         (folder / "path" / "or").mkdir(parents=True)
-        for suffix, place in (models | {"-of-the-checkpoint": "eagle"}).items():
+        for suffix, place in (models | {"-of-the-checkpoint": "eagle", "-of-an-adapter": "adapter"}).items():
             (folder / "path" / "or" / f"hub-id{suffix}").symlink_to(self.stock / place)
 
 
@@ -370,3 +375,38 @@ def test_versions_are_those_of_the_project():
         assert wanted["torch"] in text and wanted["transformers"] in text
         assert f"Python {PROJECT['requires-python'].removeprefix('>=')}" in text
     assert os.path.getsize(ROOT / "docs" / "images" / "tree.svg") > 1000
+
+
+def test_pictures_have_a_title_an_alt_text_and_plain_spaces():
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("hub_cards/**/*.md")]
+    embedded = {
+        (page.parent / place).resolve(): alt
+        for page in pages
+        for alt, place in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+    }
+    drawn = {*ROOT.glob("docs/**/*.svg"), *ROOT.glob("hub_cards/**/*.svg")}
+    assert drawn and embedded.keys() == drawn and all(" " in alt for alt in embedded.values())
+    for path in drawn:
+        title, text = ElementTree.parse(path).getroot()[0], path.read_text(encoding="utf-8")
+        assert title.tag.endswith("}title") and " " in title.text and "\N{OPEN BOX}" not in title.text
+        assert "\N{NO-BREAK SPACE}" not in text
+
+
+def test_the_citation_is_that_of_the_cards():
+    made = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    (paper,) = made["references"]
+    assert (made["title"], made["license"]) == (PROJECT["name"], PROJECT["license"])
+    card = (ROOT / "hub_cards" / "card.md.jinja").read_text(encoding="utf-8")
+    bibtex = dict(re.findall(r"^  (\w+) += \{(.*)\}", card, re.M))
+    authors = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    found = {"title": paper["title"], "author": authors, "journal": paper["journal"], "year": str(paper["year"])}
+    assert found == bibtex and paper["url"] == PROJECT["urls"]["Paper"]
+
+
+def test_ci_runs_the_readme_command_on_every_python_of_the_project():
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]["tests"]
+    pythons = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if ":: Python :: 3." in text]
+    assert job["strategy"]["matrix"]["python"] == pythons and PROJECT["requires-python"] == f">={pythons[0]}"
+    command = re.search(r"-c \"\$\((.*)\)\"$", job["steps"][-1]["run"])[1]
+    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    assert found in (ROOT / "README.md").read_text(encoding="utf-8") and "[test]" in found and "&& pytest" in found

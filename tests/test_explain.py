@@ -274,3 +274,16 @@ def test_colours_read_on_light_and_dark_pages(colour):
     for page in ("#ffffff", "#0d1117"):
         low, high = sorted((luminance(colour), luminance(page)))
         assert (high + 0.05) / (low + 0.05) > 4
+
+
+def test_titles_and_spaces_are_plain_text():
+    """A screen reader says the title; no-break spaces are dropped by some renderers."""
+    texts = ("", "one", "one two", "one two\N{NO-BREAK SPACE}")
+    made = Explanation("a target, greedy", "Why is\nit so?", texts, {0: "one", 1: " two"}, (Round((0,), (0,), (1,)),))
+    picture, page = svg_picture(made, 1), html_page(made, 1)
+    (title, *_), lines = ET.fromstring(picture), [t for t in ET.fromstring(picture).iter(f"{SVG}text") if len(t)]
+    assert title.tag == f"{SVG}title" and title.text == "a target, greedy: Why is it so?"
+    assert all(line.get("{http://www.w3.org/XML/1998/namespace}space") == "preserve" for line in lines)
+    assert ["".join(line.itertext()) for line in lines] == ["one two"]
+    assert page.count("<svg") == page.count("<title>The") == 2
+    assert "\N{NO-BREAK SPACE}" not in picture + page

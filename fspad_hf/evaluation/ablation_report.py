@@ -69,8 +69,9 @@ def write_report(folder: Path, results: dict) -> None:
         for what, baseline, skip in (("tau", None, ()), ("difference", 0.0, (OURS,))):
             figure = grouped_bars(drafts, what, "tau" if what == "tau" else f"tau, {OURS} minus", baseline, skip)
             if figure is not None:
-                save_svg(figure, folder / f"{what}-{mode}.svg", f"{what} {MODE_TITLES[mode]}")
-                lines.append(f"![{what}]({what}-{mode}.svg)")
+                title = f"{'tau' if what == 'tau' else f'tau, {OURS} minus the other'}, {MODE_TITLES[mode]}"
+                save_svg(figure, folder / f"{what}-{mode}.svg", title)
+                lines.append(f"![{title}]({what}-{mode}.svg)")
         lines.append("")
     write_file(folder / "report.md", "\n".join(lines))
 

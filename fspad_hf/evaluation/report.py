@@ -11,6 +11,7 @@ from ..runtime import write_file
 from .summary import acceptance_by_depth
 
 INK = "#6e7781"  # reads on white and on black
+ERROR, HALO = "#1f2328", "#f6f8fa"  # of error bars: one of the two stands out from every bar and every page
 COLOURS = ("#8b949e", "#bf8700", "#8250df", "#2da44e", "#0969da", "#cf222e", "#1b7c83")
 MODE_TITLES = {
     "greedy": "T = 0", "sampled": "T = 1", "coupled": "T = 1, coupled", "uncoupled": "T = 1, uncoupled",
@@ -59,9 +60,10 @@ def write_report(folder: Path, results: dict) -> None:
         for name, draw in _PLOTS.items():
             figure = draw(figures[mode])
             if figure is not None:
-                figure.suptitle(f"{TITLES[name]}, {MODE_TITLES[mode]}", color=INK, fontsize=11, y=1.08)
+                title = f"{TITLES[name]}, {MODE_TITLES[mode]}"
+                figure.suptitle(title, color=INK, fontsize=11, y=1.08)
                 plots[mode, name] = f"{name}-{mode}.svg"
-                save_svg(figure, folder / plots[mode, name], f"{name} {MODE_TITLES[mode]}")
+                save_svg(figure, folder / plots[mode, name], title)
     write_file(folder / "report.md", "\n".join(_markdown(results, plots)) + "\n")
 
 
@@ -99,7 +101,9 @@ def _markdown(results: dict, plots: dict[tuple[str, str], str]) -> list[str]:
         for what, title in (("speedup", "Speed-up"), ("tau", "tau")):
             lines += task_table(methods, what, title)
         lines += _time_table(methods)
-        lines += [f"![{name}]({path})" for (at, name), path in plots.items() if at == mode] + [""]
+        lines += [
+            f"![{TITLES[name]}, {MODE_TITLES[mode]}]({path})" for (at, name), path in plots.items() if at == mode
+        ] + [""]
         failures = [(name, why) for name, result in methods.items() for why in result["errors"].items()]
         lines += [f"- {name} failed on {count} prompts: {why}" for name, (why, count) in failures]
         lines += ["", *_differences(methods, mode), ""]
@@ -169,6 +173,7 @@ def _short(errors: dict[str, int]) -> str:
 
 
 def save_svg(figure, path: Path, title: str) -> None:
+    """Writes the figure; `title` is what a screen reader says, and the picture's alt text where it is embedded."""
     import io
 
     buffer = io.BytesIO()
@@ -207,6 +212,8 @@ def add_legend(axes, columns: int) -> None:
 
 def grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None, skip: Collection[str] = ()):
     """Bars of each task (and the mean) side by side, a colour a method, with intervals."""
+    from matplotlib.patheffects import withStroke
+
     shown = {name: result for name, result in methods.items() if result["mean"] and name not in skip}
     if not shown:
         return None
@@ -223,7 +230,10 @@ def grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None, 
         errors = [[f["value"] - f["low"] for _, f in ranged], [f["high"] - f["value"] for _, f in ranged]]
         if ranged:
             middles = [x for x, _ in ranged], [f["value"] for _, f in ranged]
-            axes.errorbar(*middles, yerr=errors, fmt="none", ecolor=INK, elinewidth=1)
+            axes.errorbar(
+                *middles, yerr=errors, fmt="none", ecolor=ERROR, elinewidth=1, capsize=2.5, zorder=3,
+                path_effects=[withStroke(linewidth=3, foreground=HALO)],
+            )  # fmt: skip
     if baseline is not None:
         axes.axhline(baseline, color=INK, linewidth=1, linestyle="--")
     axes.set_xticks(range(len(tasks) + 1), [*(task.replace("_", "\n") for task in tasks), "mean"])
@@ -232,7 +242,12 @@ def grouped_bars(methods: dict, what: str, ylabel: str, baseline: float | None, 
 
 
 def _speculative(methods: dict) -> dict:
-    return {name: r for name, r in methods.items() if r["accepted_lengths"] and max(r["accepted_lengths"]) > 1}
+    """With the lengths as numbers, which results.json has as texts."""
+    counted = {
+        name: r | {"accepted_lengths": {int(n): c for n, c in r["accepted_lengths"].items()}}
+        for name, r in methods.items()
+    }
+    return {name: r for name, r in counted.items() if max(r["accepted_lengths"], default=1) > 1}
 
 
 def _histogram(methods: dict):
@@ -247,6 +262,9 @@ def _histogram(methods: dict):
         colour = COLOURS[list(methods).index(name) % len(COLOURS)]
         places = [n + (i - (len(shown) - 1) / 2) * width for n in shares]
         axes.bar(places, list(shares.values()), width * 0.9, color=colour, label=name)
+    longest = min(DEPTHS_SHOWN, max(max(result["accepted_lengths"]) for result in shown.values()))
+    axes.set_xlim(0.5, longest + 0.5)  # a round emits one token at least
+    axes.set_xticks(range(1, longest + 1))
     axes.set_xlabel("tokens emitted in a round, the bonus token included", color=INK)
     add_legend(axes, len(shown))
     return figure

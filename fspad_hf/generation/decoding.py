@@ -42,6 +42,10 @@ class SpeculationRecord:
         """Tokens after the first, per verification forward; `None` without a round."""
         return sum(self.accepted_lengths) / self.rounds if self.rounds else None
 
+    def __repr__(self) -> str:
+        tau = self.tau if self.tau is None else f"{self.tau:.2f}"
+        return f"SpeculationRecord(rounds={self.rounds}, tau={tau})"
+
 
 @dataclass
 class FSPADGenerateOutput(GenerateDecoderOnlyOutput):

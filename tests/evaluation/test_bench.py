@@ -11,12 +11,14 @@ from xml.etree import ElementTree
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from matplotlib.colors import to_rgb
+from matplotlib.container import ErrorbarContainer
 from rich.console import Console
 from transformers import CompileConfig
 
 from fspad_hf import FSPADConfig
 from fspad_hf.cards import make_card, read_results
-from fspad_hf.evaluation import bench, peers
+from fspad_hf.evaluation import bench, peers, report
 from fspad_hf.evaluation import run as bench_run
 from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.peers import Method
@@ -89,8 +91,9 @@ def test_the_report_and_its_plots(run, models):
         and "| Seconds in all | prefill |" in text
         and "Machine: device" in text
     )
-    for plot in plots:
+    for alt, plot in re.findall(r"!\[(.*?)\]\((.*?)\)", text):
         root = ElementTree.parse(folder / plot).getroot()
+        assert root[0].tag.endswith("}title") and root[0].text == alt and ", T = " in alt
         assert root.tag.endswith("svg") and "#ffffff" not in (folder / plot).read_text()  # no white card on black
     results = json.loads((folder / "results.json").read_text())
     assert results["config"]["trees"] == {"FSPAD": [3, 4, 12]} and results["questions"] == 4
@@ -108,6 +111,41 @@ def test_the_report_and_its_plots(run, models):
     shown = {(r.dataset_config, r.metric_type): r.metric_value for r in read.data.eval_results}
     assert shown == {(t, m): f[m]["value"] for t, f in taus.items() for m in ("tau", "speedup")}
     assert not list(folder.glob(".*"))
+
+
+def contrast(first, second):
+    """Of two colours, as the accessibility guidelines (WCAG 2) define it."""
+    lights = []
+    for colour in (first, second):
+        parts = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        lights.append(0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2] + 0.05)
+    return max(lights) / min(lights)
+
+
+def measured(low, high, lengths):
+    figure = {"value": 1.4, "low": low, "high": high}
+    return {"tasks": {"qa": {"speedup": figure}}, "mean": {"speedup": figure}, "accepted_lengths": lengths}
+
+
+def test_error_bars_stand_out_from_their_bars_and_from_the_page():
+    methods = {f"draft {i}": measured(1.2, 1.7, {1: 2, 2: 1}) for i in range(len(report.COLOURS))}
+    (axes,) = report.grouped_bars(methods, "speedup", "speed-up", 1.0).axes
+    top = max(artist.get_zorder() for artist in (*axes.patches, axes.lines[-1]))  # the last line is the baseline
+    found = [made for made in axes.containers if isinstance(made, ErrorbarContainer)]
+    assert len(found) == len(methods)
+    for _, caps, (bars,) in found:
+        assert len(caps) == 2 and bars.get_zorder() > top and all(cap.get_zorder() > top for cap in caps)
+        for artist in (bars, *caps):
+            assert artist.get_path_effects()[0]._gc["linewidth"] > 2 * bars.get_linewidth()[0]
+    for behind in (*report.COLOURS, "#ffffff", "#0d1117"):
+        assert max(contrast(report.ERROR, behind), contrast(report.HALO, behind)) > 3
+
+
+@pytest.mark.parametrize(("lengths", "last"), [({"1": 5, "2": 2, "3": 1}, 3), ({1: 5, 4: 2, 17: 1}, 10)])
+def test_the_histogram_of_lengths_begins_at_1(lengths, last):
+    """Of counts as a bench has them, and as results.json does."""
+    (axes,) = report._histogram({"FSPAD": measured(1, 2, lengths)}).axes
+    assert axes.get_xticks().tolist() == [*range(1, last + 1)] and axes.get_xlim() == (0.5, last + 0.5)
 
 
 def test_an_interrupted_run_goes_on(run, monkeypatch):

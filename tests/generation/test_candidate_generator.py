@@ -4,7 +4,7 @@ from transformers import GenerationMixin
 from transformers.generation import CandidateGenerator
 
 import fspad_hf
-from fspad_hf import FSPADCandidateGenerator
+from fspad_hf import FSPADCandidateGenerator, SpeculationRecord
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
 from fspad_hf.generation.verification import NoiseQueue
@@ -125,3 +125,8 @@ def test_record_adds_up(llama, llama_draft, prompt):
     assert record.tau == pytest.approx(29 / record.rounds)
     one = llama.generate(prompt, assistant_model=llama_draft, max_new_tokens=1, return_dict_in_generate=True)
     assert one.speculation.rounds == 0 and one.speculation.tau is None
+
+
+def test_the_record_shows_rounds_and_tau_not_every_length():
+    assert repr(SpeculationRecord([1, 3, 2, 2] * 3)) == "SpeculationRecord(rounds=12, tau=2.00)"
+    assert repr(SpeculationRecord()) == "SpeculationRecord(rounds=0, tau=None)"

@@ -65,13 +65,26 @@ def test_prompt_tuning_and_its_base_model(model, draft, prompt, first):
     assert speculated(model, prompt, draft)  # what one of them cannot is not held against the other
 
 
-def test_adapters_that_a_tree_can_follow_speculate(model, draft, prompt):
+@pytest.mark.parametrize("sampled", [False, True])
+def test_lora_in_every_state_speculates_and_gives_its_own_tokens(model, prompt, same, sampled):
+    """One draft throughout; `same` compares with plain generate in the very state."""
     peft = pytest.importorskip("peft")
-    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False)).eval()
-    plain = tuned.generate(input_ids=prompt, **KWARGS)
-    assert tuned.generate(input_ids=prompt, assistant_model=draft, **KWARGS).equal(plain)
-    out = tuned.generate(input_ids=prompt, assistant_model=draft, return_dict_in_generate=True, **KWARGS)
-    assert out.speculation is not None
+    draft = fresh_draft(model)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    tuned = peft.get_peft_model(model, config).eval()
+
+    def answer(state):
+        plain, _ = same(state, prompt, draft=draft, do_sample=sampled)
+        return plain.sequences.tolist()
+
+    adapted = answer(tuned)
+    with tuned.disable_adapter():
+        disabled = answer(tuned)
+    assert answer(tuned) == adapted != disabled
+    merged = tuned.merge_and_unload()
+    answer(merged)
+    assert type(merged) is type(model) and not isinstance(merged, peft.PeftModel)
+    assert disabled == answer(tiny.build("llama"))
 
 
 def test_a_model_is_probed_by_one_thread_and_draws_nothing(prompt, monkeypatch):

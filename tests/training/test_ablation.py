@@ -311,8 +311,9 @@ def test_the_report_and_its_plots(done):
     plots = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert plots == [f"{what}-{mode}.svg" for mode in ("greedy", "coupled", "uncoupled") for what in
                      ("tau", "difference")]  # fmt: skip
-    for plot in plots:
+    for alt, plot in re.findall(r"!\[(.*?)\]\((.*?)\)", text):
         root = ElementTree.parse(folder / plot).getroot()
+        assert root[0].tag.endswith("}title") and root[0].text == alt and ", T = " in alt
         assert root.tag.endswith("svg") and "#ffffff" not in (folder / plot).read_text()  # no white card on black
     verdict = calls.results["verdict"]
     assert all(line in text for line in verdict["lines"]) and len(verdict["lines"]) == 3 * 3 + 1
