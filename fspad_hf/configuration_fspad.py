@@ -108,10 +108,12 @@ class FSPADConfig(PreTrainedConfig):
         """As `PreTrainedConfig.from_pretrained`, but `ValueError` if it is the configuration of another model."""
         # Not super(): in transformers 5.17 that forgets the `token` before it comes to get_config_dict.
         fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if fields.get("model_type", cls.model_type) != cls.model_type:
+        kind = fields.get("model_type")
+        if kind != cls.model_type:
+            is_what = f"is a {kind!r} model" if kind else "has no config.json that names a model_type"
             raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} is a {fields['model_type']!r} model: expected an FSPAD draft "
-                "('fspad'); pass the folder or Hub id that FSPADDraftModel.save_pretrained wrote."
+                f"{str(pretrained_model_name_or_path)!r} {is_what}: expected an FSPAD draft ('fspad'); pass the "
+                "folder or Hub id that FSPADDraftModel.save_pretrained wrote."
             )
         return cls.from_dict(fields, **kwargs)
 

@@ -1,0 +1,123 @@
+"""Defects around a draft that an adversarial run has found, by their reproductions."""
+
+import pickle
+
+import pytest
+import torch
+from transformers import ContinuousBatchingConfig, GenerationMixin, pipeline, pipelines
+
+import fspad_hf
+from fspad_hf import FSPADDraftModel, custom_generate
+
+from . import tiny
+from .conftest import fresh_draft
+
+KWARGS = {"max_new_tokens": 20, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture
+def model():
+    return tiny.build("llama")
+
+
+@pytest.fixture
+def folder(model, tmp_path, tokenizer):
+    fresh_draft(model).save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
+    return tmp_path / "draft"
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The drafts that were loaded."""
+    made, load = [], FSPADDraftModel.from_pretrained.__func__
+    monkeypatch.setattr(
+        FSPADDraftModel, "from_pretrained", classmethod(lambda *a, **k: made.append(load(*a, **k)) or made[-1])
+    )
+    return made
+
+
+def speculated(model, ids, draft, **kwargs):
+    """That plain decoding and decoding with the draft agree, and that it was used."""
+    plain = model.generate(input_ids=ids, **KWARGS, **kwargs)
+    fast = model.generate(input_ids=ids, assistant_model=draft, return_dict_in_generate=True, **KWARGS, **kwargs)
+    return fast.sequences.equal(plain) and fast.speculation is not None
+
+
+class TestAName:
+    """`assistant_model="path/or/hub-id"`, as pipelines take it."""
+
+    @pytest.mark.parametrize("kind", [str, lambda folder: folder])
+    def test_it_is_loaded_once_and_kept_on_our_side(self, model, folder, prompt, loaded, kind):
+        before = set(vars(model))
+        assert speculated(model, prompt, kind(folder)) and speculated(model, prompt, kind(folder))
+        assert len(loaded) == 1 and not loaded[0].training
+        assert set(vars(model)) == before and b"fspad" not in pickle.dumps(model)
+        model.double()
+        assert speculated(model, prompt, kind(folder))
+        assert [draft.dtype for draft in loaded] == [torch.float32, torch.float64]
+
+    @pytest.mark.parametrize("name", ["target", "nowhere/to-be-found", "empty", "a bad/name/"])
+    def test_of_anything_else_is_one_error(self, model, prompt, tmp_path, monkeypatch, name):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        model.save_pretrained(tmp_path / "target")
+        (tmp_path / "empty").mkdir()
+        with pytest.raises(
+            ValueError, match=rf"assistant_model='{name}' .*expected a model object, or the path or Hub"
+        ):
+            model.generate(prompt, assistant_model=name)
+
+    def test_weights_that_are_damaged_say_so(self, model, prompt, folder):
+        (folder / "model.safetensors").write_bytes(b"no weights")
+        with pytest.raises(OSError, match="damaged"):
+            model.generate(prompt, assistant_model=str(folder))
+
+    def test_custom_generate_leaves_nothing_on_the_target(self, model, prompt, folder, loaded):
+        before = set(vars(model))
+        for _ in range(2):
+            custom_generate.generate(model, str(folder), inputs=prompt, **KWARGS)
+        assert set(vars(model)) == before and len(loaded) == 1
+        pickle.loads(pickle.dumps(model))
+
+    def test_uninstall_undoes_it(self, model, prompt, folder):
+        fspad_hf.uninstall()
+        try:
+            for function in (GenerationMixin.generate, pipelines.base.load_assistant_model):
+                assert "fspad" not in function.__code__.co_filename
+            with pytest.raises(AttributeError):
+                model.generate(prompt, assistant_model=str(folder))
+        finally:
+            fspad_hf.install()
+        assert speculated(model, prompt, str(folder))
+
+
+@pytest.mark.parametrize("how", ["object", "compiled", "string"])
+def test_a_pipeline_whose_target_pads_otherwise(model, folder, tokenizer, how):
+    draft = fresh_draft(model)
+    model.config.pad_token_id = 5
+    draft = {"object": draft, "compiled": torch.compile(draft), "string": str(folder)}[how]
+    texts = [
+        pipeline("text-generation", model=model, tokenizer=tokenizer, assistant_model=assistant)(
+            "abcab", max_new_tokens=12, do_sample=False
+        )
+        for assistant in (None, draft)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("how", ["object", "string"])
+def test_continuous_batching_goes_without_a_draft(model, folder, prompt, how):
+    draft = fresh_draft(model) if how == "object" else str(folder)
+    small = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # by default most of the memory
+    paged = {"cache_implementation": "paged", "continuous_batching_config": small, "do_sample": False, **KWARGS}
+    plain, fast = (model.generate(prompt, assistant_model=assistant, **paged) for assistant in (None, draft))
+    assert fast.equal(plain)
+
+
+def test_a_compiled_draft(model, prompt):
+    assert speculated(model, prompt, torch.compile(fresh_draft(model), backend="eager"))
+    in_place = fresh_draft(model)
+    in_place.compile(backend="eager")
+    assert speculated(model, prompt, in_place)
+    torch.compiler.reset()
