@@ -1,5 +1,6 @@
 """Defects around a draft that an adversarial run has found, by their reproductions."""
 
+import json
 import pickle
 
 import pytest
@@ -121,3 +122,24 @@ def test_a_compiled_draft(model, prompt):
     in_place.compile(backend="eager")
     assert speculated(model, prompt, in_place)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 must be at least 1"),
+        ({"hidden_act": "nope"}, "hidden_act='nope' is unknown: expected"),
+        ({"rope_parameters": {"rope_type": "nope"}}, r"rope_type='nope' .*expected one of \['default', "),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "Missing required keys"),
+        ({"quantization_config": {"quant_method": "nope"}}, "quantization_config=.*expected none"),
+        ({"model_type": None}, "no config.json that names a model_type"),
+        (["a list"], r"config.json' holds \[\"a list\"\]: expected a JSON object"),
+    ],
+)
+def test_a_config_that_makes_no_draft(folder, fields, words):
+    told = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(told | fields if isinstance(fields, dict) else fields))
+    for load in (FSPADDraftModel.from_pretrained, FSPADDraftModel.load_pair):
+        with pytest.raises(ValueError, match=words) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
