@@ -2,13 +2,23 @@
 
 import json
 import pickle
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationMixin, pipeline, pipelines
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    ContinuousBatchingConfig,
+    GenerationMixin,
+    pipeline,
+    pipelines,
+)
 
 import fspad_hf
-from fspad_hf import FSPADDraftModel, custom_generate
+from fspad_hf import FSPADDraftModel, custom_generate, hub
+from fspad_hf.pretrained import draft_config
 
 from . import tiny
 from .conftest import fresh_draft
@@ -143,3 +153,91 @@ def test_a_config_that_makes_no_draft(folder, fields, words):
         with pytest.raises(ValueError, match=words) as error:
             load(folder)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("ids", [[3, 5, 64, 7], [3, 5, -1, 7], [3, 5, 5, 7]])
+def test_ids_that_the_target_lacks(model, tmp_path, tokenizer, ids):
+    draft = fresh_draft(model, draft_vocab_size=4)
+    draft.draft_vocab_ids = torch.tensor(ids)
+    draft.save_pretrained(tmp_path, tokenizer=tokenizer)
+    for load in (FSPADDraftModel.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(
+            ValueError, match=rf"model.safetensors of '{tmp_path}' hold {ids[2]}: expected 4 different"
+        ):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"target_modules": ["embed_tokens", "q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ],
+)
+def test_adapters_on_the_embedding(prompt, how):
+    peft = pytest.importorskip("peft")
+    model = tiny.build("llama")
+    tuned = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **how)).eval()
+    draft = fresh_draft(tuned)
+    assert draft.config.hidden_size == 32
+    assert speculated(tuned, prompt, draft)
+
+
+class TestSaving:
+    def test_the_parent_need_not_be_writable(self, model, tmp_path, tokenizer, monkeypatch):
+        """As a mounted volume's is not; the tests may run as one who may write anywhere."""
+        made, make = [], tempfile.mkdtemp
+        monkeypatch.setattr(tempfile, "mkdtemp", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+        (tmp_path / "volume").mkdir()
+        fresh_draft(model).save_pretrained(tmp_path / "volume", tokenizer=tokenizer)
+        assert made and {Path(folder).parent for folder in made} == {tmp_path / "volume"}
+        assert [path.name for path in tmp_path.rglob(".*")] == []
+        fresh_draft(model).save_pretrained(tmp_path / "volume", tokenizer=tokenizer, max_shard_size="20KB")
+        assert not (tmp_path / "volume" / "model.safetensors").exists()
+        FSPADDraftModel.from_pretrained(tmp_path / "volume")
+
+    def test_what_a_killed_save_left_is_ignored(self, model, folder, tokenizer):
+        left = folder / ".partial-abc"
+        left.mkdir()
+        for name in ("model.safetensors", "model-00001-of-00002.safetensors", "tokenizer.json", "config.json"):
+            (left / name).write_text("cut sho")
+        FSPADDraftModel.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+        added = {operation.path_in_repo for operation in hub._operations(folder, set(), "user/target")}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= added
+        assert not [name for name in added if "partial" in name]
+        fresh_draft(model).save_pretrained(folder, tokenizer=tokenizer)
+        FSPADDraftModel.from_pretrained(folder)
+
+
+class TestRemoteCode:
+    """Of a repository that only the draft's config names: neither run nor asked about."""
+
+    @pytest.fixture
+    def remote(self, tmp_path, monkeypatch):
+        asked = []
+        monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "y")
+        remote, ran = tmp_path / "remote", tmp_path / "ran"
+        remote.mkdir()
+        auto = {"AutoConfig": "code.C", "AutoTokenizer": ["code.T", None], "AutoModelForCausalLM": "code.M"}
+        (remote / "config.json").write_text(json.dumps({"model_type": "unheard_of", "auto_map": auto}))
+        (remote / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T", "auto_map": auto}))
+        (remote / "code.py").write_text(f"open({str(ran)!r}, 'w')\n")
+        yield remote
+        assert not asked and not ran.exists()
+
+    def test_in_saving(self, model, remote, tmp_path):
+        draft = fresh_draft(model, target_name_or_path=str(remote))
+        with pytest.warns(UserWarning, match="No tokenizer found"):
+            draft.save_pretrained(tmp_path / "draft")
+
+    def test_in_loading(self, model, remote, tmp_path, tokenizer, prompt):
+        fresh_draft(model, target_name_or_path=str(remote)).save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="trust_remote_code=True"):
+            FSPADDraftModel.load_pair(tmp_path / "draft")
+        for load in (FSPADDraftModel.load_pair, draft_config):
+            with pytest.raises(ValueError, match="is a 'unheard_of' model: expected an FSPAD draft"):
+                load(remote)
+        with pytest.raises(ValueError, match="is a 'unheard_of' model"):
+            model.generate(prompt, assistant_model=str(remote))
