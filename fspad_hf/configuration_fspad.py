@@ -1,10 +1,14 @@
 """FSPAD draft configuration."""
 
+import json
 import os
 import re
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .speculation_config import FIELDS
 
@@ -68,6 +72,11 @@ class FSPADConfig(PreTrainedConfig):
         # Once these fields were here; what a draft was saved with then still holds.
         self.old_speculation = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         kwargs.pop("prepack_linears", None)
+        if kwargs.get("quantization_config"):
+            raise ValueError(
+                f"quantization_config={kwargs['quantization_config']!r} in a draft's config: expected none, for a "
+                "draft's weights are not quantised (its target's may be); save the draft in a floating-point dtype."
+            )
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads:
@@ -76,11 +85,22 @@ class FSPADConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         """Part of the `@strict` validation: the shape must make a network."""
-        if self.num_attention_heads < 1 or self.num_attention_heads % max(self.num_key_value_heads, 1):
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        for name in sizes:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a positive multiple of "
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"hidden_act={self.hidden_act!r} is unknown: expected a name in transformers' ACT2FN, such as 'silu'."
+            )
+        kind = (self.rope_parameters or {}).get("rope_type", "default")
+        if kind not in (known := ["default", *ROPE_INIT_FUNCTIONS]):
+            raise ValueError(f"rope_type={kind!r} in rope_parameters is unknown: expected one of {known}.")
         if self.draft_vocab_size is not None and not 1 <= self.draft_vocab_size <= self.vocab_size:
             raise ValueError(
                 f"draft_vocab_size={self.draft_vocab_size} must be from 1 to vocab_size={self.vocab_size}, or None."
@@ -100,20 +120,38 @@ class FSPADConfig(PreTrainedConfig):
                 "null to check nothing; save_pretrained writes the right one."
             )
 
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        fields = super()._dict_from_json_file(json_file)
+        if not isinstance(fields, dict):
+            raise ValueError(
+                f"{str(json_file)!r} holds {json.dumps(fields)[:40]}: expected a JSON object of a draft's settings; "
+                "save the draft again."
+            )
+        return fields
+
     def to_dict(self) -> dict:
         return {name: value for name, value in super().to_dict().items() if name != "old_speculation"}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> "FSPADConfig":
-        """As `PreTrainedConfig.from_pretrained`, but `ValueError` if it is the configuration of another model."""
+        """As `PreTrainedConfig.from_pretrained`, but `ValueError` if it is no draft's or none that makes a network."""
         # Not super(): in transformers 5.17 that forgets the `token` before it comes to get_config_dict.
         fields, kwargs = cls.get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if fields.get("model_type", cls.model_type) != cls.model_type:
+        kind = fields.get("model_type")
+        if kind != cls.model_type:
+            is_what = f"is a {kind!r} model" if kind else "has no config.json that names a model_type"
             raise ValueError(
-                f"{str(pretrained_model_name_or_path)!r} is a {fields['model_type']!r} model: expected an FSPAD draft "
-                "('fspad'); pass the folder or Hub id that FSPADDraftModel.save_pretrained wrote."
+                f"{str(pretrained_model_name_or_path)!r} {is_what}: expected an FSPAD draft ('fspad'); pass the "
+                "folder or Hub id that FSPADDraftModel.save_pretrained wrote."
             )
-        return cls.from_dict(fields, **kwargs)
+        try:
+            return cls.from_dict(fields, **kwargs)
+        except (StrictDataclassError, KeyError) as error:  # the latter for a rope_type that lacks a parameter
+            raise ValueError(
+                f"The config.json of {str(pretrained_model_name_or_path)!r} describes no draft: "
+                f"{error.__cause__ or error.args[0]}"
+            ) from error
 
     def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs):
         # A pipeline looks a string draft's class up as `getattr(transformers, architecture)`, so the list must

@@ -3,12 +3,11 @@
 import os
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
-from .generation.hook import install
+from .generation.hook import as_draft, install
 from .modeling_fspad import FSPADDraftModel
-from .runtime import quiet_transformers, write_file
+from .runtime import write_file
 
 
 def generate(model: PreTrainedModel, assistant_model: FSPADDraftModel | str | None = None, **kwargs):
@@ -18,7 +17,7 @@ def generate(model: PreTrainedModel, assistant_model: FSPADDraftModel | str | No
     Args:
         model: the target.
         assistant_model: a draft for it, or a draft's path or Hub id. What a string names is loaded once in the
-            target's dtype and on its device, and kept with the target.
+            target's dtype and on its device, and kept for as long as the target lives.
         kwargs: as `generate` takes them; transformers hands over all of them, `streamer` included.
 
     Returns:
@@ -28,8 +27,7 @@ def generate(model: PreTrainedModel, assistant_model: FSPADDraftModel | str | No
         ValueError: `assistant_model` is neither.
     """
     install()
-    if isinstance(assistant_model, (str, os.PathLike)):
-        assistant_model = _loaded(model, os.fspath(assistant_model))
+    assistant_model = as_draft(model, assistant_model)
     if not isinstance(assistant_model, FSPADDraftModel):
         raise ValueError(
             f"assistant_model={type(assistant_model).__name__} is no FSPAD draft: pass an FSPADDraftModel, or the "
@@ -37,16 +35,6 @@ def generate(model: PreTrainedModel, assistant_model: FSPADDraftModel | str | No
         )
     # Not model.generate: a target loaded from a repository with custom_generate has this very function there.
     return type(model).generate(model, assistant_model=assistant_model, **kwargs)
-
-
-def _loaded(model: PreTrainedModel, name: str) -> FSPADDraftModel:
-    place = torch.device("cpu") if model.device.type == "meta" else model.device  # an offloaded target's is meta
-    drafts = model.__dict__.setdefault("_fspad_drafts", {})
-    key = (name, model.dtype, place)
-    if key not in drafts:
-        with quiet_transformers():
-            drafts[key] = FSPADDraftModel.from_pretrained(name, dtype=model.dtype).to(place).eval()
-    return drafts[key]
 
 
 def export_custom_generate(directory: str | os.PathLike) -> Path:
@@ -118,7 +106,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ## Arguments
 
 - `assistant_model`: a draft made for the model, as an `fspad_hf.FSPADDraftModel` or as its path or Hub id. A string is
-  loaded once and kept with the model.
+  loaded once and kept for as long as the model lives.
 - All other arguments are those of `generate`, `streamer` and `return_dict_in_generate` included: with the latter the
   output carries `speculation` (rounds, accepted lengths, tau).
 

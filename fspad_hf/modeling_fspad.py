@@ -197,6 +197,8 @@ def config_for_target(target: PreTrainedModel, **overrides) -> FSPADConfig:
 
 def layer_width(module: nn.Module | None) -> int | None:
     """The width of what an LM head reads or an embedding gives; `None` where a packed module does not tell."""
+    if hasattr(module, "get_base_layer"):  # an adapter around it, whose own in_features is a vocabulary
+        module = module.get_base_layer()
     for name in ("in_features", "embedding_dim"):
         if isinstance(width := getattr(module, name, None), int):
             return width

@@ -1,15 +1,15 @@
 """Saving, loading and pushing drafts: what [`FSPADDraftModel`] is besides a network."""
 
 import os
-import shutil
 import tempfile
 import warnings
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from .configuration_fspad import FSPADConfig
 from .speculation_config import FIELDS, SpeculationConfig
@@ -47,7 +47,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
 
         Raises:
             OSError: the weights are missing, damaged or not those of the configuration.
-            ValueError: the file lacks a weight that the configuration asks for.
+            ValueError: the file lacks a weight that the configuration asks for, or drafts ids that the target lacks.
         """
         settings = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
         saved = SpeculationConfig.from_pretrained(
@@ -70,6 +70,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
                 "which its config.json asks for: the file is incomplete or belongs to another configuration; save the "
                 "draft again, or convert the checkpoint it came from."
             )
+        _check_ids(draft, pretrained_model_name_or_path)
         if not draft.__dict__.pop("_weights_checked", False) and draft.config.weights_sha256 is not None:
             warnings.warn(
                 f"transformers {transformers.__version__} loads weights in a way that is not known here, so those "
@@ -101,6 +102,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
         token: str | bool | None = None,
         cache_dir: str | os.PathLike | None = None,
         local_files_only: bool = False,
+        trust_remote_code: bool = False,
         **target_kwargs,
     ):
         """
@@ -115,6 +117,8 @@ class FSPADPreTrainedModel(PreTrainedModel):
             revision, subfolder: of the draft; the target is read at its default branch.
             dtype: of target and draft; by default what the target was saved in.
             token, cache_dir, local_files_only: for target, tokenizer and draft alike.
+            trust_remote_code: run code from the target's repository, where its model or tokenizer needs it; never
+                asked on stdin, for it may be the draft that names the target.
             target_kwargs: whatever else the target's `from_pretrained` takes: `device_map`, `attn_implementation`, ...
 
         Returns:
@@ -129,6 +133,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
         config = draft_config(draft, **own)
         name = target if target is not None else named_target(draft, config)
         loaded_draft = cls.from_pretrained(draft, config=config, **own)
+        hub["trust_remote_code"] = trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub, **target_kwargs)
         head = getattr(model.get_output_embeddings(), "weight", None)
@@ -148,8 +153,9 @@ class FSPADPreTrainedModel(PreTrainedModel):
         """
         Writes config.json, model.safetensors (the draft's own weights) and the target's tokenizer files.
 
-        Files are written to a temporary folder and renamed, so an interrupted save leaves the old ones standing. The
-        sha256 of the weights goes into config.json as `weights_sha256`, see [`fspad_hf.weights.fingerprint`].
+        Files are written to a hidden folder in the output and renamed one by one, so an interrupted save leaves the
+        old ones standing. The sha256 of the weights goes into config.json as `weights_sha256`, see
+        [`fspad_hf.weights.fingerprint`].
 
         Args:
             save_directory: the folder; made if need be.
@@ -169,7 +175,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             self._check_push(push)
         save_directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=save_directory.parent, prefix=f".{save_directory.name}.") as partial:
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".partial-") as partial:
             super().save_pretrained(partial, **kwargs)
             if (Path(partial) / "config.json").exists():  # of several processes only the main one writes
                 written = weight_files(partial) or weight_files(save_directory)  # a variant leaves the main file be
@@ -225,13 +231,8 @@ class FSPADPreTrainedModel(PreTrainedModel):
 
 def draft_config(draft: str | os.PathLike, **hub_kwargs) -> FSPADConfig:
     """A draft's configuration; `ValueError` if it is not an FSPAD draft."""
-    config = AutoConfig.from_pretrained(draft, **hub_kwargs)
-    if not isinstance(config, FSPADConfig):
-        raise ValueError(
-            f"draft={str(draft)!r} is a {config.model_type!r} model: expected an FSPAD draft ('fspad'); pass the "
-            "folder or Hub id that FSPADDraftModel.save_pretrained wrote."
-        )
-    return config
+    # Not AutoConfig, which may ask on stdin whether to run code of a repository that is no draft's.
+    return FSPADConfig.from_pretrained(draft, **hub_kwargs)
 
 
 def named_target(draft: str | os.PathLike, config: FSPADConfig) -> str:
@@ -244,6 +245,20 @@ def named_target(draft: str | os.PathLike, config: FSPADConfig) -> str:
     return config.target_name_or_path
 
 
+def _check_ids(draft: FSPADPreTrainedModel, name: str | os.PathLike) -> None:
+    """What indexes the target's embedding and head: an id out of range would only fail in the middle of a call."""
+    if draft.draft_vocab_ids is None or draft.device.type == "meta":
+        return
+    ids, end = draft.draft_vocab_ids.tolist(), draft.config.vocab_size
+    wrong = [token for token, times in Counter(ids).items() if times > 1 or token not in range(end)]
+    if wrong:
+        some = ", ".join(map(str, wrong[:5])) + (", ..." if len(wrong) > 5 else "")
+        raise ValueError(
+            f"draft_vocab_ids in model.safetensors of {str(name)!r} hold {some}: expected {len(ids)} different ids "
+            f"from 0 to {end - 1}, the target's vocabulary; download the draft again, or train it again."
+        )
+
+
 def _replace_files(source: Path, folder: Path) -> None:
     """Moves every file of `source` to `folder`; weights there that the new ones replace under other names are gone."""
     replaced = {*weight_files(folder), *folder.glob(INDEX)} if weight_files(source) else set()
@@ -251,7 +266,7 @@ def _replace_files(source: Path, folder: Path) -> None:
         if path.is_file():
             final = folder / path.relative_to(source)
             final.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, final)
+            path.replace(final)
             replaced.discard(final)
     for path in replaced:  # a whole file left beside new shards would be loaded instead of them
         path.unlink()
@@ -260,7 +275,7 @@ def _replace_files(source: Path, folder: Path) -> None:
 def _find_tokenizer(target_name_or_path: str | None, draft_name_or_path: str | None, token=None):
     for name in filter(None, (target_name_or_path, draft_name_or_path)):
         try:
-            return AutoTokenizer.from_pretrained(name, token=token)
+            return AutoTokenizer.from_pretrained(name, token=token, trust_remote_code=False)
         except Exception:  # whatever stands in the way, the draft itself can be saved
             continue
     warnings.warn(

@@ -269,7 +269,7 @@ class TestLoad:
         assert consumed["up_again"] == consumed["after_a_killed_download"]
         assert failed(consumed["missing"], "OSError", "alice/nobody is not a local folder")
         assert failed(consumed["missing_revision"], "OSError", "nowhere is not a valid git identifier")
-        assert failed(consumed["no_draft"], "ValueError", "draft='alice/target' is a 'llama' model")
+        assert failed(consumed["no_draft"], "ValueError", "'alice/target' is a 'llama' model")
 
     def test_offline(self, consumed, offline):
         said, asked = offline

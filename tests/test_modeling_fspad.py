@@ -128,7 +128,7 @@ for do_sample in (True, False):
         assert not any(name.endswith((".bin", ".py", ".pt", ".partial")) for name in files)
         weights = load_file(saved / "draft" / "model.safetensors")
         assert not any("embed" in name or "head" in name for name in weights) and len(weights) == 14
-        assert [p.name for p in saved.iterdir() if p.name.startswith(".")] == []
+        assert [path.name for path in saved.rglob(".*")] == []
         config = json.loads((saved / "draft" / "config.json").read_text())
         assert config["architectures"] == ["FSPADDraftModel", "AutoModelForCausalLM"]
 
@@ -204,7 +204,7 @@ for do_sample in (True, False):
         with pytest.raises(KeyboardInterrupt):
             draft.save_pretrained(saved / "draft", tokenizer=tokenizer)
         assert (saved / "draft" / "model.safetensors").read_bytes() == before
-        assert [p.name for p in saved.iterdir() if p.name.startswith(".")] == []
+        assert [path.name for path in saved.rglob(".*")] == []
 
     def test_a_file_in_the_way(self, llama, tmp_path):
         (tmp_path / "x").write_text("")

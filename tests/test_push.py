@@ -300,7 +300,7 @@ class TestFingerprint:
     def test_the_tokenizer_is_looked_for_at_the_target_and_where_the_draft_came_from(self, folder, monkeypatch):
         draft, asked = FSPADDraftModel.from_pretrained(folder), []
 
-        def find(name, token):
+        def find(name, token, trust_remote_code):
             asked.append((name, token))
             if name == "alice/target":
                 raise OSError("not to be had")

@@ -1,17 +1,21 @@
-"""The one patch on transformers, and the rules by which a call falls back to plain decoding."""
+"""The one place that patches transformers, and the rules by which a call falls back to plain decoding."""
 
 import functools
+import os
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, pipelines
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import logging
 
+from ..configuration_fspad import FSPADConfig
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel, layer_width
+from ..runtime import quiet_transformers
 from .decoding import FSPADGenerateOutput, tree_decoding
 from .probe import probe
+from .remembered import Remembered
 from .target import is_compiled
 
 logger = logging.get_logger(__name__)
@@ -29,16 +33,82 @@ HOST_LOOP = ("_sample", "_update_model_kwargs_for_generation")  # what the tree 
 
 def install():
     """Lets `generate` take a [`FSPADDraftModel`] as `assistant_model`. Done on import; a second call does nothing."""
-    if not hasattr(GenerationMixin._assisted_decoding, "_fspad_original"):
-        GenerationMixin._assisted_decoding = _wrap_decoding(GenerationMixin._assisted_decoding)
-        GenerationMixin._validate_generation_mode = _wrap_validation(GenerationMixin._validate_generation_mode)
+    for owner, name, wrap in PATCHES:
+        original = getattr(owner, name)
+        if not hasattr(original, "_fspad_original"):
+            patched = wrap(original)
+            patched._fspad_original = original
+            setattr(owner, name, patched)
 
 
 def uninstall():
     """Puts transformers back as it was."""
-    if hasattr(GenerationMixin._assisted_decoding, "_fspad_original"):
-        GenerationMixin._assisted_decoding = GenerationMixin._assisted_decoding._fspad_original
-        GenerationMixin._validate_generation_mode = GenerationMixin._validate_generation_mode._fspad_original
+    for owner, name, _ in PATCHES:
+        patched = getattr(owner, name)
+        setattr(owner, name, getattr(patched, "_fspad_original", patched))
+
+
+_named = Remembered()
+
+
+def as_draft(target: PreTrainedModel, assistant) -> object:
+    """
+    What is passed as `assistant_model`, with a draft's path or Hub id turned into the draft and a compiled draft into
+    the draft itself; anything else is returned as it is.
+
+    What a string names is loaded once, in the target's dtype and on its device, and kept for as long as the target
+    lives.
+
+    Raises:
+        ValueError: a string that names no FSPAD draft.
+        OSError: the draft's weights are missing or damaged.
+    """
+    compiled = getattr(assistant, "_orig_mod", None)  # of torch.compile(draft), which is no FSPADDraftModel
+    if isinstance(compiled, FSPADDraftModel):
+        return compiled
+    if not isinstance(assistant, (str, os.PathLike)):
+        return assistant
+    name = os.fspath(assistant)
+    place = torch.device("cpu") if target.device.type == "meta" else target.device  # an offloaded target's is meta
+
+    def load() -> FSPADDraftModel:
+        try:
+            config = FSPADConfig.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"assistant_model={name!r} is a string that names no usable FSPAD draft "
+                f"({str(error).strip().splitlines()[0]}): expected a model object, or the path or Hub id of an FSPAD "
+                "draft; load any other assistant with AutoModelForCausalLM.from_pretrained first."
+            ) from error
+        with quiet_transformers():
+            return FSPADDraftModel.from_pretrained(name, config=config, dtype=target.dtype).to(place)
+
+    return _named.get(target, (name, target.dtype, place), load)
+
+
+def _wrap_generate(original):
+    @functools.wraps(original)
+    def generate(self, *args, **kwargs):
+        if kwargs.get("assistant_model") is not None and not kwargs.get("custom_generate"):
+            kwargs["assistant_model"] = draft = as_draft(self, kwargs["assistant_model"])
+            if isinstance(draft, FSPADDraftModel) and kwargs.get("cache_implementation") == "paged":
+                logger.warning_once("Continuous batching takes no draft: this call generates without speculation.")
+                kwargs = {name: value for name, value in kwargs.items() if not name.startswith("assistant_")}
+        return original(self, *args, **kwargs)
+
+    return generate
+
+
+def _wrap_pipeline(original):
+    @functools.wraps(original)
+    def load_assistant_model(model, assistant_model, assistant_tokenizer):
+        # It would compare all special tokens, padding included, and ask for a tokenizer that a draft has no use for.
+        draft = getattr(assistant_model, "_orig_mod", assistant_model)
+        if isinstance(draft, FSPADDraftModel) and model.can_generate():
+            return draft, None
+        return original(model, assistant_model, assistant_tokenizer)
+
+    return load_assistant_model
 
 
 def _wrap_decoding(original):
@@ -65,7 +135,6 @@ def _wrap_decoding(original):
         output = type(self)._sample(self, *arguments, synced_gpus=synced_gpus, streamer=streamer, **model_kwargs)
         return FSPADGenerateOutput(**output) if type(output) is GenerateDecoderOnlyOutput else output
 
-    _assisted_decoding._fspad_original = original
     return _assisted_decoding
 
 
@@ -86,7 +155,6 @@ def _wrap_validation(original):
             generation_mode_kwargs.pop(name, None)  # the dict that `generate` hands on to the decoding method
         return original(self, generation_mode, generation_config, generation_mode_kwargs)
 
-    _validate_generation_mode._fspad_original = original
     return _validate_generation_mode
 
 
@@ -184,3 +252,11 @@ def _turns_longrope(model: PreTrainedModel, input_ids: torch.LongTensor, generat
     text = model.config.get_text_config()
     boundary = getattr(text, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
     return boundary is not None and input_ids.shape[1] <= boundary < generation_config.max_length
+
+
+PATCHES = (
+    (GenerationMixin, "generate", _wrap_generate),
+    (GenerationMixin, "_validate_generation_mode", _wrap_validation),
+    (GenerationMixin, "_assisted_decoding", _wrap_decoding),
+    (pipelines.base, "load_assistant_model", _wrap_pipeline),
+)
