@@ -8,8 +8,9 @@ import time
 
 import torch
 from rich.console import Console
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
+from .host import CACHE
 from .loading import Models, encode_chat, load_models
 from .runtime import quiet_transformers
 from .streaming import LEGEND, RunStreamer
@@ -121,6 +122,7 @@ class _Chat:
         self.context = getattr(models.target.config.get_text_config(), "max_position_embeddings", None)
         self.opening = [] if system is None else [{"role": "system", "content": system}]
         self.messages = list(self.opening)
+        self._read: tuple[list[int], DynamicCache] | None = None  # the last turn's tokens and their cache
         self._check_template()
 
     def banner(self) -> None:
@@ -184,6 +186,8 @@ class _Chat:
             self._say("\nStopped at once: this message is no part of the conversation.")
             return
         elapsed = time.perf_counter() - start
+        if type(output[CACHE]) is DynamicCache:
+            self._read = output.sequences[0].tolist(), output[CACHE]
         tokens = output.sequences[0, length:]
         answer = self.models.tokenizer.decode(tokens, skip_special_tokens=True)
         self.messages = [*asked, {"role": "assistant", "content": answer}]
@@ -196,10 +200,27 @@ class _Chat:
 
     def _generate(self, inputs: dict, max_new_tokens: int, *criteria: StoppingCriteria):
         return self.models.target.generate(
-            **inputs, **{**self.options, "max_new_tokens": max_new_tokens}, assistant_model=self.models.draft,
-            return_dict_in_generate=True, stopping_criteria=StoppingCriteriaList(criteria),
+            **inputs, **self._known(inputs["input_ids"][0].tolist()), assistant_model=self.models.draft,
+            **{**self.options, "max_new_tokens": max_new_tokens}, return_dict_in_generate=True,
             streamer=RunStreamer(self.console, self.models.tokenizer, coloured=self.interactive),
+            stopping_criteria=StoppingCriteriaList(criteria),
         )  # fmt: skip
+
+    def _known(self, ids: list[int]) -> dict:
+        """The last turn's cache, cut to what the conversation `ids` still begins with: an argument of `generate`."""
+        if self._read is None:
+            return {}
+        (before, cache), self._read = self._read, None  # an answer that breaks off leaves it half written
+        same = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
+        keep = min(same, len(ids)) - 1  # the token after the last one kept is the same, too: so a draft has read it
+        if keep < 1:
+            return {}
+        if (gone := cache.get_seq_length() - keep) > 0:
+            try:
+                cache.crop(-gone)
+            except RuntimeError:  # a sliding window has moved on
+                return {}
+        return {CACHE: cache}
 
     def _check_template(self) -> None:
         tokenizer, name = self.models.tokenizer, self.models.target_name

@@ -9,10 +9,11 @@ import pexpect
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, LlamaForCausalLM
 
 import fspad_hf_cli as cli
 from fspad_hf.chat import run_chat
+from fspad_hf.host import CACHE
 from fspad_hf.loading import encode_chat
 from fspad_hf.streaming import RunStreamer
 
@@ -79,6 +80,22 @@ def test_answers_are_those_of_plain_generate(say, pair, options, kwargs):
     shown = RECORD.sub("#", printed)
     assert shown == f"{answers[0]}\n#\n{answers[1]}\n#\nA new conversation.\n{answers[2]}\n#\n"
     assert [(float(tau) >= 1, count) for tau, count in RECORD.findall(printed)] == [(True, "12")] * 3
+
+
+def test_a_turn_prefills_only_what_is_new(say, pair, monkeypatch):
+    """A message, and what the template puts around it; not the conversation before it, also after a `/reset`."""
+    read, lengths, prefill = [], [], GenerationMixin._prefill
+
+    def watched(self, input_ids, config, kwargs, *args):
+        cached = 0 if kwargs.get(CACHE) is None else kwargs[CACHE].get_seq_length()
+        lengths.append(input_ids.shape[1]), read.append(input_ids.shape[1] - cached)
+        return prefill(self, input_ids, config, kwargs, *args)
+
+    monkeypatch.setattr(LlamaForCausalLM, "_prefill", watched)
+    printed = say("hello", "and you?", "well", "/reset", "other words", "yes", system="be nice")
+    assert len(RECORD.findall(printed)) == 5
+    assert lengths[0] < lengths[1] < lengths[2] > lengths[3] < lengths[4]
+    assert read[0] == lengths[0] and max(read[1:]) < 30 < lengths[2]
 
 
 def test_the_command_on_a_pipe_is_plain_text(monkeypatch, pair, capsys):

@@ -140,6 +140,11 @@ class ArenaCache(Cache):
         return isinstance(self.length, torch.Tensor)
 
     @property
+    def is_inference(self) -> bool:
+        """Whether it was made in inference mode, so that nothing can be written to it outside."""
+        return any(keys.is_inference() for keys, _ in self._buffers)
+
+    @property
     def capacity(self) -> int:
         return min((pair[0].shape[-2] for pair in self._buffers), default=0)
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from ..speculation_config import SpeculationConfig
+from . import continuation
 from .candidate_generator import FSPADCandidateGenerator
 from .costs import costs_of
 from .graphs import make_rounds
@@ -72,7 +73,8 @@ def tree_decoding(
 
     Args:
         model: a target that [`probe`] has passed.
-        input_ids (`[1, prompt]`): the prompt; `model_kwargs` are as `generate` prepares them.
+        input_ids (`[1, prompt]`): the whole prompt, also what a cache passed in holds of it; `model_kwargs` are as
+            `generate` prepares them.
     """
     found = probe(model)
     target = found.view(model)
@@ -84,6 +86,7 @@ def tree_decoding(
     generator = FSPADCandidateGenerator(draft, target, logits_processor, noise, settings)
     record = SpeculationRecord()
 
+    read = continuation.take(model_kwargs.get(CACHE), draft, input_ids)
     with ExitStack() as stack:
         stack.enter_context(target.listening())
         outputs, features = target.prefill(input_ids, generation_config, model_kwargs)
@@ -95,6 +98,8 @@ def tree_decoding(
             on_round = getattr(streamer, "on_round", None)
             rounds = make_rounds(target, generator, emitter, prefill_cache, features, prompt, offset, on_round)
             stack.callback(rounds.close)
+            if read is not None:
+                rounds.go_on(read)
             costs = costs_of(target, draft, rounds.captured) if settings.tree == "auto" else None
             trees = trees_of(settings, costs)
 
@@ -104,6 +109,9 @@ def tree_decoding(
             tree, path = rounds.run(shape, found.tokens[: shape.lookup], costs)
             trees.observe(tree, path, found, emitter.emitted[-len(path) :])
             record.accepted_lengths.append(len(path))
+        if record.rounds and prompt.all() and not rounds.captured:
+            state = continuation.DraftState(emitter.input_ids[0].tolist(), generator.cache, rounds.unread)
+            continuation.keep(prefill_cache, draft, state)
 
     if streamer is not None:
         streamer.end()

@@ -233,7 +233,9 @@ def why_not(
         f"its cache is a {type(cache).__name__}": type(cache) is not DynamicCache,
         "its cache is offloaded": getattr(cache, "offloading", False),
         f"its cache has {kinds} layers": bool(kinds),
-        "the cache passed in already holds tokens": bool(layers) and not kinds and cache.get_seq_length() > 0,
+        "the cache passed in holds the whole prompt": bool(layers)
+        and not kinds
+        and cache.get_seq_length() >= input_ids.shape[1],
         "of the shape of position_ids": positions is not None and positions.dim() != 2,
         "of the shape of attention_mask": mask is not None and mask.shape != input_ids.shape,
         "the prompt is nothing but padding": mask is not None and not mask.any(),

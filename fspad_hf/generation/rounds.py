@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from .cache import ArenaCache
 from .candidate_generator import FSPADCandidateGenerator
+from .continuation import DraftState
 from .costs import RoundCosts, Stopwatch
 from .lookup import PromptLookup
 from .target import Target
@@ -27,7 +28,7 @@ class Rounds:
     Args:
         target, generator, emitter: of the call; the emitter has emitted the first token.
         cache: the host's, prefilled.
-        features (`[1, prompt, hidden]`): of the prompt.
+        features (`[1, new, hidden]`): of the prompt, less what the cache held before.
         prompt (`[1, prompt]`): False on padding.
         offset: a token's position id less its column.
         on_round: called before each round's first token with the tree.
@@ -53,12 +54,18 @@ class Rounds:
             self.arena.watch_padding()
         shown = prompt[0].cpu().nonzero()[:, 0]
         # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
-        text = emitter.input_ids.cpu()
-        self.unread = [(features[:, shown.to(features.device)], text[:, shown + 1])]
+        text, first = emitter.input_ids.cpu(), prompt.shape[1] - features.shape[1]
+        new = shown[shown >= first]
+        self.unread = [(features[:, (new - first).to(features.device)], text[:, new + 1])]
         self.lookup = PromptLookup(text[0, shown].tolist() + emitter.emitted, emitter.ends)
 
     def make_arena(self) -> ArenaCache:
         return ArenaCache.from_dynamic(self.cache)
+
+    def go_on(self, read: DraftState):
+        """The draft has read a part of the text already."""
+        if not self.captured:
+            self.generator.cache, self.unread = read.cache, [*read.unread, *self.unread]
 
     def close(self):
         """Gives the host's cache what it lacks. Called also when the user's code has raised."""
