@@ -105,7 +105,7 @@ class FSPADDraftModel(FSPADPreTrainedModel):
         self.register_buffer("draft_vocab_ids", drafted)  # [draft_vocab_size]: the target's ids that are drafted
         self.post_init()
 
-    def speculation_settings(self, device: torch.device | None = None) -> SpeculationConfig:
+    def speculation_settings(self, device: torch.device | str | None = None) -> SpeculationConfig:
         """`speculation_config` with every field chosen, see [`SpeculationConfig.resolved`]."""
         return self.speculation_config.resolved(device, self.config.draft_vocab_size or self.config.vocab_size)
 

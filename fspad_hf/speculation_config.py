@@ -61,7 +61,7 @@ class SpeculationConfig:
             _check(name, value)
         object.__setattr__(self, name, value)
 
-    def resolved(self, device: torch.device | None = None, vocabulary: int | None = None) -> "SpeculationConfig":
+    def resolved(self, device: torch.device | str | None = None, vocabulary: int | None = None) -> "SpeculationConfig":
         """
         These settings with every field chosen.
 
@@ -71,7 +71,7 @@ class SpeculationConfig:
         """
         sized = any(getattr(self, name) is not None for name in ("tree_depth", "tree_top_k", "tree_total_nodes"))
         asked = self.tree == "fixed" or (sized and self.tree is None)  # for one very tree
-        default = CPU if device is not None and device.type == "cpu" and not asked else PAPER
+        default = CPU if device is not None and torch.device(device).type == "cpu" and not asked else PAPER
         chosen = SpeculationConfig(**default, **ELSE).update(**asdict(self))
         chosen.tree_top_k = min(chosen.tree_top_k, vocabulary or chosen.tree_top_k)
         reach = chosen.tree_top_k + (chosen.tree_depth - 1) * chosen.tree_top_k**2
