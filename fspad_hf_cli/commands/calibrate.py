@@ -1,6 +1,6 @@
 from . import add_model_arguments
 
-ABOUT = "fit coupled drafting (coupling_sharpness, coupling_kappa) to held-out text; a gain goes into config.json"
+ABOUT = "fit coupled drafting to held-out text; what is a gain goes into the draft's speculation_config.json"
 
 
 def add_arguments(parser) -> None:
