@@ -21,7 +21,9 @@ def add_model_arguments(parser, several_drafts: bool = False, folder: bool = Fal
             help="may be repeated; default: the released draft of SmolLM2-135M",
         )  # fmt: skip
     elif folder:
-        models.add_argument("--draft", metavar="DIR", required=True, help="whose speculation_config.json may be rewritten")
+        models.add_argument(
+            "--draft", metavar="DIR", required=True, help="its speculation_config.json may be rewritten"
+        )
     else:
         models.add_argument("--draft", metavar="PATH_OR_HUB_ID", help="default: the released draft of SmolLM2-135M")
     models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")
