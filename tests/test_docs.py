@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -172,6 +173,9 @@ class Runner:
         elif arguments[0] == "benchmarks/parts.py":
             (self.folder / "model.safetensors").write_bytes(b"weights")
             assert parts.main(arguments[1:]) == 0
+        elif arguments[0] == "examples/as_pasted.py":
+            options = with_option(with_option(arguments[1:], "--per-task", ["1"]), "--max-new-tokens", ["4"])
+            runpy.run_path(str(ROOT / arguments[0]))["main"](options)
         else:
             check_venv(arguments)
 

@@ -138,4 +138,5 @@ def _run(file: str | None, plan: bool, options: dict) -> int:
         print(f"The draft is in {folder}. Try it, or measure it:")
         print(" ", shlex.join(["fspad-hf", "demo", *models]))
         print(" ", shlex.join(["fspad-hf", "bench", *models, "--per-task", "4", "--output", f"{Path(folder)}-bench"]))
+    PartialState().destroy_process_group()  # whose threads may else outlive the interpreter, which aborts then
     return 0
