@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from fspad_hf import FSPADDraftModel
 from fspad_hf.demo_target import demo_target, released_draft
 from fspad_hf.evaluation.spec_bench import read_questions
+from fspad_hf.runtime import resolve_dtype
 
 MODES = {"greedy": {"do_sample": False}, "sampled": {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}}
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--api", choices=["generate", "pipeline"], default="generate")
     args = parser.parse_args(argv)
 
-    name, dtype = str(demo_target()), getattr(torch, args.dtype)
+    name, dtype = str(demo_target()), resolve_dtype(args.dtype, "cpu")
     target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     tokenizer = AutoTokenizer.from_pretrained(name)
     if args.draft == "released":

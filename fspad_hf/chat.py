@@ -12,7 +12,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 
 from .host import CACHE
 from .loading import Models, encode_chat, load_models
-from .runtime import quiet_transformers
+from .runtime import common_prefix, quiet_transformers
 from .streaming import LEGEND, RunStreamer
 
 HELP = """\
@@ -211,8 +211,9 @@ class _Chat:
         if self._read is None:
             return {}
         (before, cache), self._read = self._read, None  # an answer that breaks off leaves it half written
-        same = next((i for i, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]), len(before))
-        keep = min(same, len(ids)) - 1  # the token after the last one kept is the same, too: so a draft has read it
+        keep = (
+            common_prefix(before, ids) - 1
+        )  # the token after the last one kept is known, too
         if keep < 1:
             return {}
         if (gone := cache.get_seq_length() - keep) > 0:

@@ -6,7 +6,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -193,3 +194,8 @@ def _short(value) -> str:
 
 def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def common_prefix(these: Sequence[int], those: Sequence[int]) -> int:
+    """Length of the common beginning."""
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(these, those, strict=False))))

@@ -7,6 +7,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 
 from ..modeling_fspad import FSPADDraftModel
+from ..runtime import common_prefix
 from .cache import ArenaCache
 from .remembered import Remembered
 
@@ -53,9 +54,9 @@ def take(cache: Cache | None, draft: FSPADDraftModel, input_ids: torch.LongTenso
     state = _read.of(cache).pop(weakref.ref(draft), None) if length else None
     if state is None or (state.cache.is_inference and not torch.is_inference_mode_enabled()):
         return None
-    ids = input_ids[0].tolist()
-    same = next((i for i, (a, b) in enumerate(zip(state.ids, ids, strict=False)) if a != b), len(state.ids))
-    if length >= min(same, len(ids)):  # the pair of its last token lacks the token that follows now
+    if length >= common_prefix(
+        state.ids, input_ids[0].tolist()
+    ):  # the pair of its last token lacks the token that follows now
         return None
     state.cut(length)
     return state

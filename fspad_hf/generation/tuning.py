@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from itertools import takewhile
 
+from ..runtime import common_prefix
 from .costs import RoundCosts
 from .lookup import Found
 from .tree import PLAIN, CandidateTree, TreeShape
@@ -89,7 +90,7 @@ class TunedTrees:
             emitted: the tokens drawn.
         """
         if found.tokens:
-            right = _common(found.tokens, emitted)
+            right = common_prefix(found.tokens, emitted)
             checked = min(right + 1, len(found.tokens), len(emitted))
             self._right[found.match] = MEMORY * self._right[found.match] + right
             self._checked[found.match] = MEMORY * self._checked[found.match] + checked
@@ -185,8 +186,3 @@ def _needed(tree: CandidateTree, path: list[int]) -> list[TreeShape]:
 def _within(shape: TreeShape, needed: list[TreeShape]) -> int:
     """How many of a path's nodes the draft would have grown in a tree of such a shape."""
     return len(list(takewhile(lambda one: all(a <= b for a, b in zip(one[:3], shape[:3], strict=True)), needed)))
-
-
-def _common(these: Sequence[int], those: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(these, those, strict=False))))

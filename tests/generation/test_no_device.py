@@ -43,4 +43,4 @@ def test_reads_of_a_round(found):
     for mode in MODES:
         one = found["llama", mode]
         assert one["draft"]["same"] and len(one["rounds"]) > 5
-        assert all(reads <= 3 + tokens for reads, tokens in one["rounds"]), one["rounds"]
+        assert all(reads == 3 + tokens for reads, tokens in one["rounds"][:-1]), one["rounds"]  # the last has no tree
