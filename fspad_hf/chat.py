@@ -211,9 +211,7 @@ class _Chat:
         if self._read is None:
             return {}
         (before, cache), self._read = self._read, None  # an answer that breaks off leaves it half written
-        keep = (
-            common_prefix(before, ids) - 1
-        )  # the token after the last one kept is known, too
+        keep = common_prefix(before, ids) - 1  # the token after the last one kept is known, too
         if keep < 1:
             return {}
         if (gone := cache.get_seq_length() - keep) > 0:
