@@ -116,25 +116,6 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
     ids = (torch.arange(1, 13, device=device) * 7919 % text_config.vocab_size)[None]
     prompt, nodes = ids[:, :8], ids[:, 8:]  # nodes: root, two siblings, a child of the second
 
-    def run(slots: list[int]) -> torch.Tensor:
-        """The logits at a path's nodes, by the host's own one-token steps."""
-        sequence, length, logits = prompt, None, []
-        kwargs = {
-            CACHE: DynamicCache(config=text_config),
-            "position_ids": torch.arange(prompt.shape[1], device=device)[None],
-            "use_cache": True,
-        }
-        for slot in [*slots, None]:
-            inputs = model.prepare_inputs_for_generation(
-                sequence, next_sequence_length=length, is_first_iteration=length is None, **kwargs
-            )
-            outputs = model(**inputs, return_dict=True)
-            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-            logits.append(outputs.logits[0, -1].float())
-            if slot is not None:
-                sequence, length = torch.cat((sequence, nodes[:, [slot]]), dim=1), 1
-        return torch.stack(logits[1:])
-
     use_hook = not is_compiled(model)
     target = Target(model, use_hook, use_twin=use_twin)
     with target.listening(), target._armed() as caught:
@@ -157,12 +138,36 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
     arena = ArenaCache.from_dynamic(outputs[CACHE])
     with target.listening():
         logits, _ = target.verify(CandidateTree(nodes, parents, depths), arena, prefix, prompt.shape[1])
-    tree, first, second, control = logits[0].float(), run([0, 1]), run([0, 2, 3]), run([0, 1, 2, 3])
-    truth = torch.stack((first[0], first[1], second[1], second[2]))
-    error, scale = (tree - truth).abs().max(), (control - truth).abs().max()
+    truth, causal = _paths_one_by_one(model, prompt, nodes)
+    tree = logits[0].float()
+    error, scale = (tree - truth).abs().max(), (causal - truth[2]).abs().max()
     if not error <= TOLERANCE * scale:
         return ProbeResult(f"a trial tree came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
     return ProbeResult(None, use_hook, transform, use_twin)
+
+
+def _paths_one_by_one(model: PreTrainedModel, prompt: torch.Tensor, nodes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """
+    The logits at the nodes [4, V], and at the second sibling [V] if the first came before it: by the host's own
+    one-token steps, two paths side by side.
+    """
+    ids = torch.cat((prompt.expand(2, -1), nodes[0, [[0, 1, 2], [0, 2, 3]]]), dim=1)
+    length, steps = prompt.shape[1], []
+    kwargs = {
+        CACHE: DynamicCache(config=model.config.get_text_config()),
+        "position_ids": torch.arange(length, device=ids.device).expand(2, -1),
+        "use_cache": True,
+    }
+    for end in range(length, ids.shape[1] + 1):
+        first = end == length
+        inputs = model.prepare_inputs_for_generation(
+            ids[:, :end], next_sequence_length=None if first else 1, is_first_iteration=first, **kwargs
+        )
+        outputs = model(**inputs, return_dict=True)
+        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+        steps.append(outputs.logits[:, -1].float())
+    _, (root, _), (first, second), (causal, child) = steps
+    return torch.stack((root, first, second, child)), causal
 
 
 def foreign_hooks(model: PreTrainedModel) -> int:
