@@ -176,6 +176,8 @@ class Runner:
         elif arguments[0] == "examples/as_pasted.py":
             options = with_option(with_option(arguments[1:], "--per-task", ["1"]), "--max-new-tokens", ["4"])
             runpy.run_path(str(ROOT / arguments[0]))["main"](options)
+        elif arguments[0] == "examples/first_call.py":
+            runpy.run_path(str(ROOT / arguments[0]))["main"]([*arguments[1:], "--max-new-tokens", "4"])
         else:
             check_venv(arguments)
 

@@ -54,9 +54,7 @@ def take(cache: Cache | None, draft: FSPADDraftModel, input_ids: torch.LongTenso
     state = _read.of(cache).pop(weakref.ref(draft), None) if length else None
     if state is None or (state.cache.is_inference and not torch.is_inference_mode_enabled()):
         return None
-    if length >= common_prefix(
-        state.ids, input_ids[0].tolist()
-    ):  # the pair of its last token lacks the token that follows now
-        return None
+    if length >= common_prefix(state.ids, input_ids[0].tolist()):
+        return None  # the pair of its last token lacks the token that follows now
     state.cut(length)
     return state
