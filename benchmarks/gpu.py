@@ -52,14 +52,13 @@ class Job:
 
 NO_GRAPHS = "a CPU has no CUDA graphs"
 JOBS = {  # in the order in which they say most soonest
-    "eager": Job("tokens against plain generate, eager rounds", 60),
-    "graphs": Job("tokens against plain generate, rounds as CUDA graphs", 100, on_cpu=NO_GRAPHS),
+    "eager": Job("tokens against plain generate, eager rounds", 120),
+    "graphs": Job("tokens against plain generate, rounds as CUDA graphs", 200, on_cpu=NO_GRAPHS),
     "tests": Job("tests/generation/test_cuda.py", 120, modules=("pytest",), on_cpu="they need a CUDA device"),
     "speed-8b": Job("speed at the shape of Llama-3-8B, random weights, tau 4 by decree", 150, gib=24),
     "selfplay-tests": Job("tests/training/test_selfplay.py -k graph", 40, modules=("pytest",), on_cpu=NO_GRAPHS),
     "speed": Job("speed of the target with its draft, greedy and sampled, bf16 and fp32", 150, needs=("target",)),
-    "train": Job("train a draft at 40 x 1,024 tokens a step, then tau", 330, gib=24, needs=("target", "ids")),
-    "ablation": Job("FSPAD beside EAGLE-2, equal time, then tau", 300, gib=24, needs=("target", "ids")),
+    "train": Job("compare recipes, train a draft, then FSPAD's parts; tau", 600, gib=64, needs=("target", "ids")),
 }  # fmt: skip
 
 

@@ -188,7 +188,7 @@ def speed(options: Options, figures: Figures) -> None:
     folder = options.draft or ROOT / "hub_cards" / "SmolLM2-135M-Instruct-FSPAD"
     prompts = [
         encode_chat(tokenizer, [{"role": "user", "content": text}], options.device)["input_ids"]
-        for _, text in questions(options, 2)
+        for _, text in questions(options, 1)
     ]
     for dtype in (torch.bfloat16, torch.float32):
         target = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype).to(options.device).eval()
@@ -218,8 +218,9 @@ def _measure_speed(options, figures, target, drafted, prompts, modes, tokens, ta
     ours = {"ours, eager": variant(drafted, False)}
     if options.device.type == "cuda":
         ours["ours, graphs"] = variant(drafted, True)
-    methods = {"plain": lambda: {}, "plain, static cache + compile": compiled.call_arguments}
+    methods = {"plain": lambda: {}}
     methods |= {name: (lambda model=model: {"assistant_model": model}) for name, model in ours.items()}
+    methods["plain, static cache + compile"] = compiled.call_arguments  # last, as nobody knows how long that takes
 
     def answer(name: str, ids: torch.Tensor, mode: str, tokens: int):
         with contextlib.ExitStack() as stack:
@@ -231,34 +232,28 @@ def _measure_speed(options, figures, target, drafted, prompts, modes, tokens, ta
             return _timed(target, ids, mode, tokens, **arguments)
 
     for mode in modes:
-        told, answers, broken = {}, {name: [] for name in methods}, {}
-        for ids in [prompts[0], *prompts]:  # the first time warms up: compiles, captures
-            for name in methods:
-                if name not in broken:
-                    try:
-                        answers[name].append(answer(name, ids, mode, tokens))
-                    except RuntimeError as error:  # out of memory, or a compiler that is missing
-                        broken[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
-                        print(name, broken[name], flush=True)
+        told, plain = {}, None
         for name in methods:
-            if name in broken:
-                told[name] = {"error": broken[name]}
+            try:
+                answers = [answer(name, ids, mode, tokens) for ids in [prompts[0], *prompts]]
+            except RuntimeError as error:  # out of memory, or a compiler that is missing
+                told[name] = {"error": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                print(mode, name, told[name], flush=True)
                 continue
-            used = answers[name][1:]
+            used = answers[1:]  # the first time warms up: compiles, captures
+            plain = plain or used
             told[name] = {"tokens_per_second": sum(a["tokens"] for a in used) / sum(a["seconds"] for a in used)}
             records = [a["record"] for a in used if a["record"] is not None]
             if records:
                 told[name]["tau"] = sum(sum(r.accepted_lengths) for r in records) / sum(r.rounds for r in records)
             if tau is None:
-                pairs = zip(used, answers["plain"][1:], strict=True)
+                pairs = zip(used, plain, strict=True)
                 told[name]["identical"] = f"{sum(a['sequence'] == b['sequence'] for a, b in pairs)} of {len(used)}"
-            figures.save(**{f"{part + ', ' if part else ''}{mode}": told})
             told[name] |= _round_parts(options, lambda n, name=name, m=mode: answer(name, prompts[0], m, n), tokens)
             print(mode, name, told[name], flush=True)
-        headline = ", ".join(
-            f"{name} {said['tokens_per_second']:.0f}" for name, said in told.items() if "tokens_per_second" in said
-        )
-        figures.save(headline=f"{part + ', ' if part else ''}{mode}, tok/s: {headline}")
+            said = ", ".join(f"{n} {t['tokens_per_second']:.0f}" for n, t in told.items() if "tokens_per_second" in t)
+            heading = f"{part + ', ' if part else ''}{mode}"
+            figures.save(**{heading: told}, headline=f"{heading}, tok/s: {said}")
 
 
 def _timed(target: PreTrainedModel, ids: torch.Tensor, mode: str, tokens: int, **arguments) -> dict:
@@ -317,13 +312,9 @@ def train(options: Options, figures: Figures) -> None:
     gpu_training.train(options, figures, questions(options, 1 if options.rehearse else 16))
 
 
-def ablation(options: Options, figures: Figures) -> None:
-    gpu_training.ablation(options, figures, questions(options, 1 if options.rehearse else 8))
-
-
 JOBS = {
     "eager": eager, "graphs": graphs, "tests": tests, "speed-8b": speed_8b, "selfplay-tests": selfplay_tests,
-    "speed": speed, "train": train, "ablation": ablation,
+    "speed": speed, "train": train,
 }  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def test_real_draft(prompt, coupled):
 
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}
+EXPERTS = ("mixtral", "deepseek_v3", "gpt_oss")
 GRAPHS = {"cuda_graphs": True, "tree_depth": 4, "tree_top_k": 3, "tree_total_nodes": 12}
 
 
@@ -55,7 +56,8 @@ GRAPHS = {"cuda_graphs": True, "tree_depth": 4, "tree_top_k": 3, "tree_total_nod
 )
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_graphs(name, settings, teach, prompt):
-    """Across a bucket; nothing may be refused but what says so here."""
+    """Across a bucket; nothing may be refused but what says so here: transformers multiplies fp32 experts one by one,
+    and asks the device how many rows each has."""
     model, ids = tiny.build(name, "eager" if name in ("gemma2", "gpt_oss") else "sdpa").to("cuda"), prompt.to("cuda")
     draft = fresh_draft(model, **GRAPHS)
     arguments = {"max_new_tokens": 60, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
@@ -68,7 +70,8 @@ def test_graphs(name, settings, teach, prompt):
         fast = model.generate(ids, assistant_model=draft, **arguments, **settings)
         assert fast.sequences.tolist() == plain.sequences.tolist() and fast.speculation.tau > 2
         assert torch.equal(torch.cuda.get_rng_state(), state)
-    assert not WorkspacePool.of(draft).refused
+    refused = set(WorkspacePool.of(draft).refused.values())
+    assert not refused or (name in EXPERTS and all("Cannot copy between CPU and CUDA" in said for said in refused))
 
 
 @pytest.mark.parametrize(
@@ -116,8 +119,7 @@ def test_a_captured_round_waits_once(prompt):
 @pytest.mark.parametrize("graphs", [False, True])
 def test_memory_does_not_grow_and_goes_with_the_draft(graphs):
     model = tiny.build("llama").to("cuda")
-    gc.collect(), torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
+    before = _held()
     draft = fresh_draft(model, **{**GRAPHS, "cuda_graphs": graphs})
     marks = []
     for call in range(200):
@@ -128,5 +130,10 @@ def test_memory_does_not_grow_and_goes_with_the_draft(graphs):
             marks.append(torch.cuda.memory_allocated())
     assert marks[1] <= marks[0]
     del draft, ids
-    gc.collect(), torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() <= before + (1 << 20)  # what the probe keeps
+    assert _held() <= before + (1 << 20)  # what the probe keeps
+
+
+def _held() -> int:
+    """Bytes; without the scratch memory that cuBLAS keeps for each stream it was used on."""
+    gc.collect(), torch.cuda.synchronize(), torch._C._cuda_clearCublasWorkspaces(), torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
