@@ -85,12 +85,10 @@ class _NoDraws(TorchDispatchMode):
 
 def _probe(model: PreTrainedModel) -> ProbeResult:
     """By a twin if that works, or else by the model itself."""
-    compiled = is_compiled(model)  # a compiler cannot be watched
-    twins = can_have_twin(model) and not compiled and not foreign_hooks(model)
+    twins = can_have_twin(model) and not is_compiled(model) and not foreign_hooks(model)
     for use_twin in (True, False) if twins else (False,):
         try:
-            with nullcontext() if compiled else _NoDraws():
-                found = _tried(model, use_twin)
+            found = _tried(model, use_twin)
         except torch.OutOfMemoryError:
             return ProbeResult("there is no memory for a trial tree", lasts=False)
         except _Drew:
@@ -112,17 +110,15 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
     except ValueError as error:
         return ProbeResult(str(error))
 
-    device = execution_device(model)
-    ids = (torch.arange(1, 13, device=device) * 7919 % text_config.vocab_size)[None]
+    ids = (torch.arange(1, 13, device=execution_device(model)) * 7919 % text_config.vocab_size).expand(2, -1)
     prompt, nodes = ids[:, :8], ids[:, 8:]  # nodes: root, two siblings, a child of the second
+    paths = nodes.new_tensor([[0, 1, 2], [0, 2, 3]])  # the first of them as a causal mask would have it
 
     use_hook = not is_compiled(model)
-    target = Target(model, use_hook, use_twin=use_twin)
-    with target.listening(), target._armed() as caught:
-        outputs = model(
-            input_ids=prompt, use_cache=True, return_dict=True, output_hidden_states=not use_hook,
-            **{CACHE: DynamicCache(config=text_config)},
-        )  # fmt: skip
+    watched = _NoDraws if use_hook else nullcontext  # a compiler cannot be watched
+    target, host = Target(model, use_hook, use_twin=use_twin), _HostSteps(model, prompt, use_hook)
+    with watched(), target.listening(), target._armed() as caught:
+        outputs = host.step(prompt)
     if use_hook and not caught:
         return ProbeResult("its decoder's output is out of reach of a forward hook")
     if outputs.logits.shape[-1] != text_config.vocab_size:
@@ -132,42 +128,45 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
     if transform is None:
         return ProbeResult("its logits are not its LM head applied to its decoder's output")
 
-    parents = torch.tensor([[0, 0, 0, 2]], device=device)
-    depths = torch.tensor([[0, 1, 1, 2]], device=device)
-    prefix = torch.ones_like(prompt, dtype=torch.bool)
-    arena = ArenaCache.from_dynamic(outputs[CACHE])
-    with target.listening():
+    parents, depths = nodes.new_tensor([[0, 0, 0, 2]] * 2), nodes.new_tensor([[0, 1, 1, 2]] * 2)
+    arena, prefix = ArenaCache.from_dynamic(outputs[CACHE]), torch.ones_like(prompt, dtype=torch.bool)
+    with watched(), target.listening():
         logits, _ = target.verify(CandidateTree(nodes, parents, depths), arena, prefix, prompt.shape[1])
-    truth, causal = _paths_one_by_one(model, prompt, nodes)
-    tree = logits[0].float()
-    error, scale = (tree - truth).abs().max(), (causal - truth[2]).abs().max()
+    with watched():  # which takes time: of each kind of forward it sees one
+        steps = [host.logits(nodes[:, :1])]
+    steps += [host.logits(nodes.gather(1, paths[:, [at]])) for at in (1, 2)]
+    (root, _), (first, second), (causal, child) = steps
+    tree, truth = logits[0].float(), torch.stack((root, first, second, child))
+    error, scale = (tree - truth).abs().max(), (causal - second).abs().max()
     if not error <= TOLERANCE * scale:
         return ProbeResult(f"a trial tree came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
     return ProbeResult(None, use_hook, transform, use_twin)
 
 
-def _paths_one_by_one(model: PreTrainedModel, prompt: torch.Tensor, nodes: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """
-    The logits at the nodes [4, V], and at the second sibling [V] if the first came before it: by the host's own
-    one-token steps, two paths side by side.
-    """
-    ids = torch.cat((prompt.expand(2, -1), nodes[0, [[0, 1, 2], [0, 2, 3]]]), dim=1)
-    length, steps = prompt.shape[1], []
-    kwargs = {
-        CACHE: DynamicCache(config=model.config.get_text_config()),
-        "position_ids": torch.arange(length, device=ids.device).expand(2, -1),
-        "use_cache": True,
-    }
-    for end in range(length, ids.shape[1] + 1):
-        first = end == length
-        inputs = model.prepare_inputs_for_generation(
-            ids[:, :end], next_sequence_length=None if first else 1, is_first_iteration=first, **kwargs
+class _HostSteps:
+    """Forwards as the host's own loop makes them: the prompt, then token by token."""
+
+    def __init__(self, model: PreTrainedModel, prompt: torch.LongTensor, use_hook: bool):
+        self.model, self.ids, self.hidden = model, prompt[:, :0], not use_hook
+        self.kwargs = {
+            CACHE: DynamicCache(config=model.config.get_text_config()),
+            "position_ids": torch.arange(prompt.shape[1], device=prompt.device).expand(len(prompt), -1),
+            "use_cache": True,
+        }
+
+    def step(self, tokens: torch.LongTensor):
+        """The outputs of a forward over `tokens` (`[batch, new]`)."""
+        first, self.ids = not self.ids.shape[1], torch.cat((self.ids, tokens), dim=1)
+        inputs = self.model.prepare_inputs_for_generation(
+            self.ids, next_sequence_length=None if first else 1, is_first_iteration=first, **self.kwargs
         )
-        outputs = model(**inputs, return_dict=True)
-        kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
-        steps.append(outputs.logits[:, -1].float())
-    _, (root, _), (first, second), (causal, child) = steps
-    return torch.stack((root, first, second, child)), causal
+        outputs = self.model(**inputs, return_dict=True, output_hidden_states=first and self.hidden)
+        self.kwargs = self.model._update_model_kwargs_for_generation(outputs, self.kwargs)
+        return outputs
+
+    def logits(self, tokens: torch.LongTensor) -> torch.Tensor:
+        """`[batch, vocabulary]`, after `tokens` (`[batch, 1]`)."""
+        return self.step(tokens).logits[:, -1].float()
 
 
 def foreign_hooks(model: PreTrainedModel) -> int:
