@@ -1,7 +1,6 @@
 """Same seed, same tokens, faster: FSPAD tree speculation for transformers' `generate` (arXiv 2408.15562)."""
 
 from .configuration_fspad import FSPADConfig
-from .generation.candidate_generator import FSPADCandidateGenerator
 from .generation.decoding import FSPADGenerateOutput, SpeculationRecord
 from .generation.hook import install, uninstall
 from .modeling_fspad import FSPADDraftModel, FSPADDraftOutput
@@ -9,7 +8,6 @@ from .speculation_config import SpeculationConfig
 
 __version__ = "0.1.0"
 __all__ = [
-    "FSPADCandidateGenerator",
     "FSPADConfig",
     "FSPADDraftModel",
     "FSPADDraftOutput",

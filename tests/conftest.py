@@ -6,8 +6,9 @@ import torch
 from huggingface_hub import constants, hf_api
 from transformers.utils import hub
 
-from fspad_hf import FSPADCandidateGenerator, FSPADDraftModel
+from fspad_hf import FSPADDraftModel
 from fspad_hf.generation import capturing, graphs
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.generation.tree import CandidateTree
 
 from . import tiny
@@ -91,7 +92,7 @@ def teach(monkeypatch):
             scores = -torch.arange(len(parents), dtype=torch.float32, device=device)[None]
             return CandidateTree(torch.cat(tokens)[None], numbers(parents), numbers(depths), scores)
 
-        monkeypatch.setattr(FSPADCandidateGenerator, "grow_padded", grow_padded)
+        monkeypatch.setattr(Drafter, "grow_padded", grow_padded)
 
     return use
 
@@ -179,9 +180,7 @@ def oracle(monkeypatch):
 
     def use(reference, accuracy, vocab_size):
         made = Oracle(reference, accuracy, vocab_size)
-        monkeypatch.setattr(
-            FSPADCandidateGenerator, "grow", lambda self, root, shape: made.grow(self, root, shape.depth)
-        )
+        monkeypatch.setattr(Drafter, "grow", lambda self, root, shape: made.grow(self, root, shape.depth))
 
     yield use
 

@@ -17,7 +17,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.generation.rounds import Rounds
 
 from . import tiny
@@ -133,7 +133,7 @@ def run(name: str, mode: str) -> dict:
     }  # fmt: skip
     torch.manual_seed(3)
     plain = model.generate(ids, **kwargs)
-    oracle, grow = Oracle(plain.sequences[0].tolist(), 0.9, text.vocab_size), FSPADCandidateGenerator.grow
+    oracle, grow = Oracle(plain.sequences[0].tolist(), 0.9, text.vocab_size), Drafter.grow
     found, rounds, round_of = {"name": name, "mode": mode}, [], Rounds.run
     with Made(), Device() as device:
 
@@ -146,9 +146,9 @@ def run(name: str, mode: str) -> dict:
         model.to(NAME), draft.to(NAME)
         for label in ("oracle", "draft") if name == "llama" else ("oracle",):
             if label == "oracle":
-                FSPADCandidateGenerator.grow = lambda self, root, shape: oracle.grow(self, root, shape.depth)
+                Drafter.grow = lambda self, root, shape: oracle.grow(self, root, shape.depth)
             else:
-                FSPADCandidateGenerator.grow, Rounds.run = grow, counted
+                Drafter.grow, Rounds.run = grow, counted
             torch.manual_seed(3)
             fast = model.generate(ids.to(NAME), assistant_model=draft, **kwargs)
             same = fast.sequences.cpu().tolist() == plain.sequences.tolist()

@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessor
 
 from ..generation import rounds
-from ..generation.candidate_generator import FSPADCandidateGenerator
+from ..generation.drafting import Drafter
 from ..generation.tree import CandidateTree
 from ..speculation_config import SpeculationConfig
 from .instrument import replaced
@@ -72,7 +72,7 @@ def forced(tau: float, excluded: Callable[[], AbstractContextManager] = nullcont
         What must be among the call's `logits_processor`.
     """
     processor, schedule, thread = ForcedTokens(), Schedule(tau), threading.get_ident()
-    walk, children = rounds.walk, FSPADCandidateGenerator._children
+    walk, children = rounds.walk, Drafter._children
 
     def planned_walk(tree, logits, emitter, path, ahead=()):
         if threading.get_ident() == thread:
@@ -92,7 +92,7 @@ def forced(tau: float, excluded: Callable[[], AbstractContextManager] = nullcont
 
     with (
         replaced(rounds, "walk", planned_walk),
-        replaced(FSPADCandidateGenerator, "_children", confident_children),
+        replaced(Drafter, "_children", confident_children),
     ):
         yield processor
 

@@ -14,12 +14,13 @@ from itertools import pairwise
 import torch
 from torch.autograd import DeviceType
 
-from ..generation import candidate_generator, rounds
+from ..generation import rounds
 from ..generation.cache import ArenaCache
-from ..generation.candidate_generator import FSPADCandidateGenerator
+from ..generation.drafting import Drafter
 from ..generation.graphs import GraphRounds
 from ..generation.rounds import Rounds
 from ..generation.target import Target
+from ..generation.tree import GrownTrees
 from ..generation.verification import NoiseQueue
 
 PARTS = {
@@ -43,12 +44,12 @@ EXCLUDED = "excluded"  # time that a measurement itself adds
 # owner, attribute, the part its own time belongs to, and the part that must be running: the draft's cache is kept by
 # the same method as the target's, and the draft steps in `accept` as in `grow`
 TIMED = (
-    (FSPADCandidateGenerator, "accept", "accept", "host"),
-    (FSPADCandidateGenerator, "grow", "frontier", "host"),
-    (FSPADCandidateGenerator, "_step", "levels", "frontier"),
-    (FSPADCandidateGenerator, "_children", "head", "frontier"),
+    (Drafter, "accept", "accept", "host"),
+    (Drafter, "grow", "frontier", "host"),
+    (Drafter, "_step", "levels", "frontier"),
+    (Drafter, "_children", "head", "frontier"),
     (NoiseQueue, "peek", "noise", "frontier"),
-    (candidate_generator, "prune", "prune", "frontier"),
+    (GrownTrees, "best", "prune", "frontier"),
     (Target, "verify", "masks", "host"),
     (rounds, "walk", "walk", "host"),
     (ArenaCache, "keep", "compact", "host"),

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.generation import EtaLogitsWarper
 
 from ..modeling_fspad import FSPADDraftModel
-from .candidate_generator import STATIC_WARPERS
+from .drafting import STATIC_WARPERS
 from .probe import foreign_hooks
 from .target import Target
 from .tree import TreeShape

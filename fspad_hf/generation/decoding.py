@@ -12,8 +12,8 @@ from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from ..speculation_config import SpeculationConfig
 from . import continuation
-from .candidate_generator import FSPADCandidateGenerator
 from .costs import costs_of
+from .drafting import Drafter
 from .graphs import make_rounds
 from .probe import probe
 from .tuning import trees_of
@@ -83,7 +83,7 @@ def tree_decoding(
         noise = NoiseQueue(input_ids.device, target.text_config.vocab_size)
     emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer, noise)
     settings = settings_of_call(draft, target.device, generation_config)
-    generator = FSPADCandidateGenerator(draft, target, logits_processor, noise, settings)
+    drafter = Drafter(draft, target, logits_processor, noise, settings)
     record = SpeculationRecord()
 
     read = continuation.take(model_kwargs.get(CACHE), draft, input_ids)
@@ -96,7 +96,7 @@ def tree_decoding(
         if not emitter.finished:
             prompt, offset = _prompt_layout(input_ids, model_kwargs)
             on_round = getattr(streamer, "on_round", None)
-            rounds = make_rounds(target, generator, emitter, prefill_cache, features, prompt, offset, on_round)
+            rounds = make_rounds(target, drafter, emitter, prefill_cache, features, prompt, offset, on_round)
             stack.callback(rounds.close)
             if read is not None:
                 rounds.go_on(read)
@@ -110,7 +110,7 @@ def tree_decoding(
             trees.observe(tree, path, found, emitter.emitted[-len(path) :])
             record.accepted_lengths.append(len(path))
         if record.rounds and prompt.all() and not rounds.captured:
-            state = continuation.DraftState(emitter.input_ids[0].tolist(), generator.cache, rounds.unread)
+            state = continuation.DraftState(emitter.input_ids[0].tolist(), drafter.cache, rounds.unread)
             continuation.keep(prefill_cache, draft, state)
 
     if streamer is not None:

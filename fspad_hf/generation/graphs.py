@@ -21,8 +21,8 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging
 
 from .cache import ArenaCache
-from .candidate_generator import FSPADCandidateGenerator
 from .capturing import CAPTURABLE_WARPERS, Rehearsal, addresses, capture, pair_key, why_no_graphs
+from .drafting import Drafter
 from .rounds import Rounds
 from .target import Target
 from .tree import CandidateTree, TreeShape
@@ -85,14 +85,14 @@ class GraphRounds(Rounds):
         emitter, model = self.emitter, self.target.model
         static = all(type(p) in CAPTURABLE_WARPERS for p in emitter.logits_processor)
         self.can_walk = static and emitter.scores is None and emitter.raw_logits is None
-        self.can_draft = all(type(warper) in CAPTURABLE_WARPERS for warper in self.generator.warpers)
+        self.can_draft = all(type(warper) in CAPTURABLE_WARPERS for warper in self.drafter.warpers)
         # code that runs between the tokens, and may change what a graph has frozen
         self.is_watched = not (static and emitter.plain_criteria and emitter.streamer is None)
-        self.addresses = addresses(model, self.generator.draft) if self.is_watched else None
+        self.addresses = addresses(model, self.drafter.draft) if self.is_watched else None
         self.is_cut = False  # the shape wanted is too deep here
 
     def make_arena(self) -> ArenaCache:
-        settings, length = self.generator.settings, self.cache.get_seq_length()
+        settings, length = self.drafter.settings, self.cache.get_seq_length()
         capacity = self._bucket(length, TreeShape.of(settings))
         found = self.pool.take(self.key, capacity, self.target.model)
         if found is None:
@@ -121,16 +121,16 @@ class GraphRounds(Rounds):
             self.emitter.settings = settings_of(self.emitter.logits_processor)
 
     def _plan(self, shape: TreeShape) -> Plan | None:
-        if self.is_watched and addresses(self.target.model, self.generator.draft) != self.addresses:
+        if self.is_watched and addresses(self.target.model, self.drafter.draft) != self.addresses:
             return None
-        noise, settings = self.emitter.noise, self.generator.settings
+        noise, settings = self.emitter.noise, self.drafter.settings
         rows = noise.peek(1 + max(shape.depth, shape.lookup)) if noise is not None else None
         if rows is not None:
             self.workspace.noise[: len(rows)] = rows
         ahead = self.can_walk and (noise is None or rows is not None)
-        sampled, warpers = noise is not None, settings_of(self.generator.warpers)
+        sampled, warpers = noise is not None, settings_of(self.drafter.warpers)
         frozen = sampled, settings.coupling_kappa, settings.coupling_sharpness, warpers
-        plan = Plan(shape, rows is not None and self.generator.noise is not None, ahead, frozen)
+        plan = Plan(shape, rows is not None and self.drafter.noise is not None, ahead, frozen)
         self.target._head_rows = self.workspace.head_rows
         return None if (self.key, plan.kind) in self.pool.refused else plan
 
@@ -141,7 +141,7 @@ class GraphRounds(Rounds):
         features, tokens = self.all_unread()
         early = max(tokens.shape[1] - most, 0)
         if early:
-            self.generator.accept(features[:, :early], tokens[:, :early])
+            self.drafter.accept(features[:, :early], tokens[:, :early])
         features, tokens = features[:, early:], tokens[:, early:]
         if features.data_ptr() != workspace.features.data_ptr():
             workspace.features[:, : features.shape[1]] = features
@@ -151,19 +151,19 @@ class GraphRounds(Rounds):
         plan, workspace = self.plan, self.workspace
         if plan is None:
             return super().grow(shape, chain)
-        start = self.generator.cache.length
+        start = self.drafter.cache.length
         tokens = self.unread[0][1][0].tolist() if shape.depth else self.emitter.emitted[-1:]
         workspace.write_state(start, self.arena.length, self.position(), tokens, chain)
         if not shape.depth and not shape.lookup:
             return workspace.root
-        drafted = self._replayed("draft", self._draft, self.generator.warpers, workspace.head_rows)
+        drafted = self._replayed("draft", self._draft, self.drafter.warpers, workspace.head_rows)
         if drafted is None:  # it could not be captured
             if shape.depth:
                 super().accept()
             return super().grow(shape, chain)
         if shape.depth:
             self.unread = []
-            self.generator.cache.length = start + len(tokens)
+            self.drafter.cache.length = start + len(tokens)
         return drafted.outputs
 
     def verify(self, tree: CandidateTree):
@@ -210,9 +210,9 @@ class GraphRounds(Rounds):
     def _draft(self) -> CandidateTree:
         workspace, plan, tree = self.workspace, self.plan, self.workspace.root
         if plan.shape.depth:
-            self.generator.accept(workspace.features, workspace.tokens, workspace.count)
+            self.drafter.accept(workspace.features, workspace.tokens, workspace.count)
             root = workspace.tokens[:, workspace.count - 1]
-            tree = self.generator.grow_padded(root, plan.shape, workspace.noise if plan.noise else None)
+            tree = self.drafter.grow_padded(root, plan.shape, workspace.noise if plan.noise else None)
         lookup = plan.shape.lookup
         return tree.grafted(workspace.chain[:lookup], workspace.chain_count) if lookup else tree
 
@@ -258,7 +258,7 @@ class GraphRounds(Rounds):
     @contextmanager
     def _fixed(self):
         """Lengths are tensors inside."""
-        workspace, cache = self.workspace, self.generator.cache
+        workspace, cache = self.workspace, self.drafter.cache
         lengths = self.arena.length, cache.length
         self.arena.length, cache.length = workspace.length, workspace.draft_length
         try:
@@ -273,7 +273,7 @@ class GraphRounds(Rounds):
 
     def _bucket(self, length: int, shape: TreeShape) -> int:
         """The capacity for a round behind `length` tokens: no more than twice of what it needs."""
-        read = 1 + _longest(self.generator.settings)
+        read = 1 + _longest(self.drafter.settings)
         needed = length + max(read + max(shape.depth - 1, 0) * shape.top_k, shape.rows) + 1
         return max(SMALLEST_BUCKET, 1 << (needed - 1).bit_length())
 
@@ -290,7 +290,7 @@ class GraphRounds(Rounds):
         self.pool.put(small, self.target.model)
 
     def _workspace(self, arena: ArenaCache) -> Workspace:
-        draft, settings, device = self.generator.draft, self.generator.settings, self.target.device
+        draft, settings, device = self.drafter.draft, self.drafter.settings, self.target.device
         config = draft.config
         cache = ArenaCache(1, arena.capacity)
         nothing = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim, dtype=draft.dtype, device=device)
@@ -302,9 +302,9 @@ class GraphRounds(Rounds):
         )  # fmt: skip
 
     def _use(self, workspace: Workspace):
-        self.workspace, self.generator.cache = workspace, workspace.draft_cache
+        self.workspace, self.drafter.cache = workspace, workspace.draft_cache
         workspace.start(self.prompt)
-        ids = self.generator.draft.draft_vocab_ids
+        ids = self.drafter.draft.draft_vocab_ids
         if ids is not None:  # the target's head may have changed since the last call
             fresh = self.target.take_head_rows(ids)
             if workspace.head_rows is None:
@@ -317,22 +317,22 @@ class GraphRounds(Rounds):
 
 def make_rounds(
     target: Target,
-    generator: FSPADCandidateGenerator,
+    drafter: Drafter,
     emitter: TokenEmitter,
     cache: DynamicCache,
     features: torch.Tensor,
     *args,
 ) -> Rounds:
     """The rounds of a call: captured, if the settings want it and they can be."""
-    draft = generator.draft
-    if not generator.settings.cuda_graphs:
-        return Rounds(target, generator, emitter, cache, features, *args)
+    draft = drafter.draft
+    if not drafter.settings.cuda_graphs:
+        return Rounds(target, drafter, emitter, cache, features, *args)
     reason = why_no_graphs(target, draft, features.dtype)
     if reason is not None:
         logger.warning_once(f"The rounds of {type(target.model).__name__} run without CUDA graphs: {reason}")
-        return Rounds(target, generator, emitter, cache, features, *args)
+        return Rounds(target, drafter, emitter, cache, features, *args)
     pool, key = WorkspacePool.of(draft), pair_key(target.model, draft)
-    return GraphRounds(target, generator, emitter, cache, features, *args, pool=pool, key=key)
+    return GraphRounds(target, drafter, emitter, cache, features, *args, pool=pool, key=key)
 
 
 def _longest(settings) -> int:

@@ -10,9 +10,9 @@ from torch.nn import functional
 from transformers.cache_utils import DynamicCache
 
 from .cache import ArenaCache
-from .candidate_generator import FSPADCandidateGenerator
 from .continuation import DraftState
 from .costs import RoundCosts, Stopwatch
+from .drafting import Drafter
 from .lookup import PromptLookup
 from .target import Target
 from .tree import PLAIN, CandidateTree, TreeShape
@@ -26,7 +26,7 @@ class Rounds:
     The rounds of one call, step by step as they come.
 
     Args:
-        target, generator, emitter: of the call; the emitter has emitted the first token.
+        target, drafter, emitter: of the call; the emitter has emitted the first token.
         cache: the host's, prefilled.
         features (`[1, new, hidden]`): of the prompt, less what the cache held before.
         prompt (`[1, prompt]`): False on padding.
@@ -39,7 +39,7 @@ class Rounds:
     def __init__(
         self,
         target: Target,
-        generator: FSPADCandidateGenerator,
+        drafter: Drafter,
         emitter: TokenEmitter,
         cache: DynamicCache,
         features: torch.Tensor,
@@ -47,7 +47,7 @@ class Rounds:
         offset: int,
         on_round: Callable[[CandidateTree], None] | None = None,
     ):
-        self.target, self.generator, self.emitter, self.on_round = target, generator, emitter, on_round
+        self.target, self.drafter, self.emitter, self.on_round = target, drafter, emitter, on_round
         self.cache, self.prompt, self.offset = cache, prompt, offset
         self.arena = self.make_arena()
         if not prompt.all():
@@ -65,7 +65,7 @@ class Rounds:
     def go_on(self, read: DraftState):
         """The draft has read a part of the text already."""
         if not self.captured:
-            self.generator.cache, self.unread = read.cache, [*read.unread, *self.unread]
+            self.drafter.cache, self.unread = read.cache, [*read.unread, *self.unread]
 
     def close(self):
         """Gives the host's cache what it lacks. Called also when the user's code has raised."""
@@ -122,7 +122,7 @@ class Rounds:
         """The draft reads what it has not read yet."""
         features, tokens = self.all_unread()
         self.unread = []
-        self.generator.accept(features, tokens)
+        self.drafter.accept(features, tokens)
 
     def all_unread(self) -> tuple[torch.Tensor, torch.LongTensor]:
         """Features (`[1, unread, hidden]`) and tokens (`[1, unread]`, on the host)."""
@@ -133,7 +133,7 @@ class Rounds:
 
     def grow(self, shape: TreeShape, chain: Sequence[int] = ()) -> CandidateTree:
         """The draft's tree, with the tokens looked up grafted on."""
-        tree = self.generator.grow(self.root(), shape)
+        tree = self.drafter.grow(self.root(), shape)
         return tree.grafted(torch.tensor(chain, device=tree.tokens.device)).trimmed() if chain else tree
 
     def root(self) -> torch.LongTensor:

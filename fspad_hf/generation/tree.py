@@ -177,40 +177,58 @@ class CandidateTree:
         return {(parents[node], tokens[node]): node for node in range(1, len(self)) if parents[node] != node}
 
 
-def best_nodes(scores: torch.Tensor, total: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+@dataclass
+class GrownTrees:
     """
-    The indices of the `total` best nodes in level order, `[total]`, and which of them count: those with a score of
-    -inf or NaN do not, and stand at the end.
-
-    `scores` (`[nodes]`) are cumulative log-confidences in level order. A child never scores above its parent but can
-    tie with it (a log-probability that rounds to 0); the stable sort takes the parent first, so it is always kept.
-    """
-    nodes = len(scores)
-    scores = scores.masked_fill(scores.isnan(), float("-inf"))
-    values, order = torch.sort(scores, descending=True, stable=True)
-    kept = torch.where(values > float("-inf"), order, order + nodes)[:total].sort().values
-    return kept % nodes, kept < nodes
-
-
-def prune(
-    root: torch.LongTensor, tokens: torch.LongTensor, parents: torch.LongTensor, depths: torch.LongTensor,
-    scores: torch.Tensor, total: int,
-) -> CandidateTree:  # fmt: skip
-    """
-    The tree of the `total` best of all nodes grown (EAGLE-2's rerank), with padding where there are not so many.
+    All nodes below the roots of some trees, in level order, before the best are kept.
 
     Args:
-        root (`[1, 1]`): the root's token.
-        tokens, parents, depths, scores (`[grown]`): the nodes below the root in level order; `parents` counts the root
-            as 0 and the first of these nodes as 1.
+        tokens, parents, scores (`[trees, grown]`): `parents` counts the root as 0 and the first of these nodes as 1.
+        depths (`[grown]`): the same in all trees.
+        total: how many nodes a tree keeps.
     """
-    kept, counts = best_nodes(scores, total)
-    numbers = torch.arange(1, len(kept) + 1, device=tokens.device)
-    zero = torch.zeros(1, dtype=torch.long, device=tokens.device)
-    renumbered = torch.zeros(len(tokens) + 1, dtype=torch.long, device=tokens.device).index_copy_(0, kept + 1, numbers)
-    return CandidateTree(
-        torch.cat((root[0], tokens[kept]))[None],
-        torch.cat((zero, torch.where(counts, renumbered[parents[kept]], numbers)))[None],
-        torch.cat((zero, depths[kept]))[None],
-        torch.cat((scores.new_zeros(1), scores[kept]))[None],
-    )
+
+    tokens: torch.LongTensor
+    parents: torch.LongTensor
+    depths: torch.LongTensor
+    scores: torch.Tensor
+    total: int
+
+    def cpu(self) -> "GrownTrees":
+        parts = self.tokens, self.parents, self.depths, self.scores
+        return GrownTrees(*(part.cpu() for part in parts), self.total)
+
+    def best(self, roots: torch.LongTensor, number: int | None = None, total: int | None = None) -> CandidateTree:
+        """
+        The trees of the `total` best nodes (EAGLE-2's rerank), with padding where there are not so many.
+
+        Args:
+            roots (`[trees, 1]`): their tokens.
+            number: only this one of the trees.
+        """
+        trees = slice(None) if number is None else slice(number, number + 1)
+        tokens, parents, scores = self.tokens[trees], self.parents[trees], self.scores[trees]
+        kept, counts = best_nodes(scores, self.total if total is None else total)
+        numbers = torch.arange(1, kept.shape[1] + 1, device=tokens.device).expand_as(kept)
+        renumbered = torch.zeros_like(functional.pad(tokens, (1, 0))).scatter_(1, kept + 1, numbers)
+        parents = torch.where(counts, renumbered.gather(1, parents.gather(1, kept)), numbers)
+        return CandidateTree(
+            torch.cat((roots, tokens.gather(1, kept)), dim=1), functional.pad(parents, (1, 0)),
+            functional.pad(self.depths[kept], (1, 0)), functional.pad(scores.gather(1, kept), (1, 0)),
+        )  # fmt: skip
+
+
+def best_nodes(scores: torch.Tensor, total: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    """
+    The indices of the `total` best nodes of each tree in level order, `[trees, total]`, and which of them count: those
+    with a score of -inf or NaN do not, and stand at the end.
+
+    `scores` (`[trees, nodes]`) are cumulative log-confidences in level order. A child never scores above its parent
+    but can tie with it (a log-probability that rounds to 0); the stable sort takes the parent first, so it is always
+    kept.
+    """
+    nodes = scores.shape[-1]
+    scores = scores.masked_fill(scores.isnan(), float("-inf"))
+    values, order = torch.sort(scores, descending=True, stable=True)
+    kept = torch.where(values > float("-inf"), order, order + nodes)[:, :total].sort().values
+    return kept % nodes, kept < nodes

@@ -1,8 +1,8 @@
 """tau without decoding: the rounds simulated over a continuation that is already known.
 
 Exact, because a tree depends on the tokens so far and not on what else a forward computed: the target's features of
-all tokens come from one forward, the trees are grown by [`many_trees`] as decoding grows them, and walked along the
-known tokens.
+all tokens come from one forward, and the trees are grown as decoding grows them, many side by side, and walked along
+the known tokens.
 """
 
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -13,15 +13,19 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from ..evaluation.spec_bench import read_questions
 from ..generation.decoding import SpeculationRecord
+from ..generation.drafting import Drafter
 from ..generation.lookup import PromptLookup
 from ..generation.probe import probe
 from ..generation.rounds import depth_limit
+from ..generation.tree import CandidateTree
 from ..generation.tuning import FixedTrees
 from ..generation.verification import walk
 from ..loading import encode_chat, load_models
-from ..modeling_fspad import FSPADDraftModel
+from ..modeling_fspad import FSPADDraftModel, FSPADDraftOutput
 from ..runtime import counted, quiet_transformers, writable_file, write_json
-from .many_trees import ManyTrees
+
+TREES_AT_ONCE = 64
+LOGITS_AT_ONCE = 1 << 26
 
 
 class KnownNoise:
@@ -75,11 +79,13 @@ def simulate(
     view = found.view(target)
     if features is None:
         features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
-    generator = ManyTrees(draft, view, logits_processor, noise, draft.speculation_settings())
-    outputs = generator.accept(features[:, :-1], sequence[:, 1:])
-    rows = None if generator.noise is None else noise.rows
+    drafter = Drafter(draft, view, logits_processor, noise, draft.speculation_settings())
+    read = drafter.accept(features[:, :-1], sequence[:, 1:])
+    rows = None if drafter.noise is None else noise.rows
 
-    fixed = FixedTrees(generator.settings)
+    fixed = FixedTrees(drafter.settings)
+    logits = fixed.shape.top_k * (draft.config.draft_vocab_size or draft.config.vocab_size)  # of a level of a tree
+    at_once = min(max(LOGITS_AT_ONCE // logits, 1), TREES_AT_ONCE)
 
     def limit(length: int, depth: int = fixed.shape.depth) -> int:
         return depth_limit(depth, length, 0, max_length, view.text_config)
@@ -90,14 +96,15 @@ def simulate(
     while not emitter.finished:
         length = emitter.at
         if length not in grown:  # all trees of a depth from here on, of which a walk visits some
-            end = min(length + generator.at_once, sequence.shape[1])
+            end = min(length + at_once, sequence.shape[1])
             grown = range(length, next((n for n in range(length, end) if limit(n) != limit(length)), end))
-            shape = fixed.shape._replace(depth=limit(length))
-            drawn = None if rows is None else rows[length - prompt_length :]
-            trees = generator.grow_at(outputs, range(length - 2, grown.stop - 2), shape, drawn)
-        found = lookup.continuation(generator.settings.tree_lookup_tokens)
-        chosen = fixed.choose(found)
-        tree = trees.tree(length - grown.start, emitter.tokens[length - 1], chosen.total_nodes)
+            trees = _trees_at(drafter, read, grown, fixed.shape._replace(depth=limit(length)), rows, prompt_length)
+        found = lookup.continuation(drafter.settings.tree_lookup_tokens)
+        chosen, root = fixed.choose(found), torch.tensor([[emitter.tokens[length - 1]]])
+        if trees is None or not chosen.total_nodes:
+            tree = CandidateTree.root(root)
+        else:
+            tree = trees.best(root, length - grown.start, chosen.total_nodes).trimmed()
         if chain := found.tokens[: limit(length, chosen.lookup)]:
             tree = tree.grafted(torch.tensor(chain)).trimmed()
         path: list[int] = []
@@ -105,6 +112,19 @@ def simulate(
         record.accepted_lengths.append(len(path))
         lookup.extend(emitter.tokens[length : emitter.at])
     return record
+
+
+def _trees_at(drafter, read, lengths: range, shape, rows: torch.Tensor | None, prompt_length: int):
+    """The trees behind texts of these lengths, on the CPU; `rows` are the noise of the whole continuation."""
+    if shape.depth < 1:
+        return None
+    here = slice(lengths.start - 2, lengths.stop - 2)  # pair t holds token t + 1
+    at = torch.arange(here.start, here.stop, device=drafter.draft.device)[None]
+    if rows is not None:
+        first = lengths.start - prompt_length
+        rows = torch.stack([rows[first + level :][: len(lengths)] for level in range(shape.depth)])
+    outputs = FSPADDraftOutput(read.logit_features[:, here], read.features[:, here])
+    return drafter.grow_at(outputs, at, shape, rows).cpu()
 
 
 def _ends(target: PreTrainedModel) -> list[int]:

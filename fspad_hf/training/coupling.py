@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..demo_target import DRAFT_NAME
+from ..generation.drafting import coupled_scores
 from ..generation.probe import probe
 from ..loading import load_models
 from ..modeling_fspad import FSPADDraftModel
@@ -75,7 +76,7 @@ def fit_coupling(
             uncoupled += int((q.argmax(-1, keepdim=True) == x).sum())
             likelihood = {}
             for a in hits:
-                race = a * q - noise.log()
+                race = coupled_scores(q, noise, a, 1.0)
                 hits[a] += int((race.argmax(-1, keepdim=True) == x).sum())
                 for k in (k for sharpness, k in grid if sharpness == a):
                     scores = k * race

@@ -23,7 +23,7 @@ from fspad_hf.evaluation.profile_report import profile_tables, save_plot
 from fspad_hf.evaluation.roofline import copy_bandwidth, weight_traffic
 from fspad_hf.evaluation.shapes import random_draft, random_target
 from fspad_hf.generation.cache import ArenaCache
-from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.generation.graphs import GraphRounds
 from fspad_hf.generation.rounds import Rounds
 from fspad_hf.generation.target import Target
@@ -128,7 +128,7 @@ def test_the_functions_are_themselves_again(llama, draft, prompt, monkeypatch):
         answer(llama, Method("broken", {"assistant_model": draft, "logits_processor": [fails]}), prompt, "greedy")
     assert functions() == before
     with pytest.raises(Broken), instrumented(clock), monkeypatch.context() as patched:
-        patched.setattr(FSPADCandidateGenerator, "_children", fails)
+        patched.setattr(Drafter, "_children", fails)
         answer(llama, fast, prompt, "greedy")
     assert functions() == before
     with instrumented(clock):  # and the clock goes on

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.generation import cache, candidate_generator
+from fspad_hf.generation import cache, drafting
 from fspad_hf.generation import probe as probe_module
 from fspad_hf.generation.probe import probe
 
@@ -214,12 +214,12 @@ def test_a_call_leaves_no_arena_to_the_collector(model, prompt, monkeypatch):
 
 def test_a_draft_in_another_dtype_is_copied_once(model, prompt):
     draft, like = fresh_draft(model).double(), torch.zeros(1)
-    made = candidate_generator.matched(draft, like)
+    made = drafting.matched(draft, like)
     model.generate(prompt, assistant_model=draft, **KWARGS)
-    assert candidate_generator.matched(draft, like) is made and made.dtype == torch.float32
+    assert drafting.matched(draft, like) is made and made.dtype == torch.float32
     with torch.no_grad():
         draft.feature_sampler.fc.weight.mul_(2)
-    again = candidate_generator.matched(draft, like)
+    again = drafting.matched(draft, like)
     assert again.feature_sampler.fc.weight.equal(draft.feature_sampler.fc.weight.float())
 
 

@@ -14,8 +14,8 @@ from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, T
 from transformers.generation.streamers import BaseStreamer
 
 from fspad_hf.generation import decoding, tuning
-from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
 from fspad_hf.generation.costs import costs_of
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.generation.graphs import GraphRounds, Plan
 from fspad_hf.generation.probe import probe
 from fspad_hf.generation.target import Target
@@ -358,7 +358,7 @@ def test_a_step_copies_nothing_between_host_and_device(name, lookup):
         ids, cache = torch.zeros(1, 7, dtype=torch.long), DynamicCache(config=model.config.get_text_config())
         target = Target(model)
         target.device = torch.device("meta")
-        generator = FSPADCandidateGenerator(draft, target, warpers)
+        generator = Drafter(draft, target, warpers)
         with target.listening(), target._armed() as caught, torch.no_grad():
             explicit = {"attention_mask": torch.zeros(1, 1, 7, 7), "position_ids": torch.zeros_like(ids)}
             model(ids, use_cache=True, **explicit, **{CACHE: cache})

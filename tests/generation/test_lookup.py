@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from fspad_hf.generation.lookup import LONGEST_MATCH, PromptLookup
-from fspad_hf.generation.tree import CandidateTree, prune
+from fspad_hf.generation.tree import CandidateTree, GrownTrees
 
 from .. import tiny
 from ..conftest import fresh_draft, plain_run
@@ -48,7 +48,8 @@ def test_grafting_adds_a_path_and_nothing_else(data, nodes, padded):
     for parent in set(parents.tolist()):  # siblings differ; along a path tokens recur
         siblings = (parents == parent).nonzero()[:, 0]
         tokens[siblings] = torch.tensor(data.draw(st.permutations(range(4)))[: len(siblings)])
-    tree = prune(torch.tensor([[3]]), tokens, parents, depths, scores, data.draw(st.integers(1, 20)))
+    total = data.draw(st.integers(1, 20))
+    tree = GrownTrees(tokens[None], parents[None], depths, scores[None], total).best(torch.tensor([[3]]))
     before = token_paths(tree.trimmed())
     chain = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=7))
     if before != {()} and data.draw(st.booleans()):  # one that goes on where the tree has a path

@@ -2,8 +2,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fspad_hf.generation.tree import CandidateTree, best_nodes, prune
+from fspad_hf.generation.tree import CandidateTree, GrownTrees, best_nodes
 
+ROOT = torch.tensor([[7]])
 INF = float("inf")
 
 
@@ -27,7 +28,7 @@ def grown(draw):
 @given(grown(), st.integers(1, 20))
 def test_every_kept_node_keeps_its_parent(nodes, total):
     parents, depths, scores = nodes
-    kept, counts = best_nodes(scores, total)
+    kept, counts = (part[0] for part in best_nodes(scores[None], total))
     assert counts.tolist() == sorted(counts.tolist(), reverse=True)
     padded, kept = len(kept), kept[counts]
     ids = set((kept + 1).tolist())
@@ -38,7 +39,7 @@ def test_every_kept_node_keeps_its_parent(nodes, total):
     assert len(kept) == min(total, len(finite))
     if len(kept):
         assert scores[kept].min() >= torch.sort(finite, descending=True).values[len(kept) - 1]
-    tree = prune(torch.tensor([[7]]), torch.arange(len(parents)), parents, depths, scores, total)
+    tree = GrownTrees(torch.arange(len(parents))[None], parents[None], depths, scores[None], total).best(ROOT)
     assert len(tree) == 1 + padded == 1 + min(total, len(scores))
     tree = tree.trimmed()
     assert len(tree) == 1 + len(kept)
@@ -52,7 +53,7 @@ def test_every_kept_node_keeps_its_parent(nodes, total):
 def test_mask_shows_ancestors_and_the_prefix_within_the_window(nodes, length, window, spare):
     """With `spare` in a fixed shape: so many columns more, and stale ones where the nodes' are to be."""
     parents, depths, scores = nodes
-    tree = prune(torch.tensor([[7]]), torch.arange(len(parents)), parents, depths, scores, 30)
+    tree = GrownTrees(torch.arange(len(parents))[None], parents[None], depths, scores[None], 30).best(ROOT)
     prefix = torch.arange(length)[None] % 4 != 1
     if spare is None:
         visible = tree.attention_mask(prefix, torch.float32, window)[0, 0] == 0
@@ -77,8 +78,8 @@ def test_mask_shows_ancestors_and_the_prefix_within_the_window(nodes, length, wi
 
 def test_a_plain_topk_would_orphan_ties():
     """The trap itself: a child that ties with its parent, and room for one of them."""
-    assert best_nodes(torch.tensor([-1.0, 0.0, 0.0, -3.0]), 1)[0].tolist() == [1]
-    assert best_nodes(torch.full((50,), 0.0), 20)[0].tolist() == list(range(20))
+    assert best_nodes(torch.tensor([[-1.0, 0.0, 0.0, -3.0]]), 1)[0].tolist() == [[1]]
+    assert best_nodes(torch.full((1, 50), 0.0), 20)[0].tolist() == [list(range(20))]
 
 
 def test_a_batch_of_trees():

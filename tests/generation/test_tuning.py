@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.generation.candidate_generator import FSPADCandidateGenerator
 from fspad_hf.generation.costs import LATEST, RoundCosts, Stopwatch, costs_of
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.generation.lookup import Found
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import CandidateTree, TreeShape
@@ -129,7 +129,7 @@ def test_a_path_tells_what_smaller_trees_would_have_accepted(llama, prompt):
         draft = fresh_draft(llama, **config)
         for weight in draft.parameters():
             weight.data.mul_(1 + seed)
-        generator = FSPADCandidateGenerator(draft, Target(llama))
+        generator = Drafter(draft, Target(llama))
         with torch.no_grad():
             generator.accept(llama.model(prompt[:, :-1]).last_hidden_state, prompt[:, 1:])
         large = generator.grow(prompt[:, -1:], TreeShape.of(draft.speculation_settings()))

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fspad_hf import FSPADCandidateGenerator, runtime
+from fspad_hf import runtime
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
 from fspad_hf.loading import encode_chat
-from fspad_hf.training import many_trees
+from fspad_hf.modeling_fspad import FSPADDraftOutput
+from fspad_hf.training import acceptance
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
-from fspad_hf.training.many_trees import ManyTrees
 from fspad_hf_cli import main
 
 from ..conftest import fresh_draft
@@ -22,7 +23,7 @@ from ..conftest import fresh_draft
 @pytest.mark.parametrize("drafted", [None, 32])
 @pytest.mark.parametrize("at_once, lookup", [(64, 0), (7, 0), (7, 6)])
 def test_simulation_equals_decoding_round_for_round(llama, prompt, mode, eos, drafted, at_once, lookup, monkeypatch):
-    monkeypatch.setattr(many_trees, "TREES_AT_ONCE", at_once)
+    monkeypatch.setattr(acceptance, "TREES_AT_ONCE", at_once)
     fields = {"tree_depth": 4, "tree_top_k": 4, "tree_total_nodes": 15, "draft_vocab_size": drafted}
     fields["tree_lookup_tokens"] = lookup
     draft = fresh_draft(llama, coupled_drafting=mode == "coupled", **fields)
@@ -114,13 +115,16 @@ def test_trees_side_by_side_are_those_of_decoding(llama, coupled):
         ids, shape = torch.randint(3, 64, (1, 14)), TreeShape(4, 5, 30)
         noise = torch.empty(16, 64).exponential_() if coupled else None
     features = llama.model(ids).last_hidden_state
-    many, places = ManyTrees(draft, Target(llama), noise=noise), range(3, 12)
-    grown = many.grow_at(many.accept(features[:, :-1], ids[:, 1:]), places, shape, noise)
+    many, places = Drafter(draft, Target(llama), noise=noise), range(3, 12)
+    read = many.accept(features[:, :-1], ids[:, 1:])
+    read = FSPADDraftOutput(read.logit_features[:, 3:12], read.features[:, 3:12])
+    rows = torch.stack([noise[level : level + 9] for level in range(4)]) if coupled else None
+    grown = many.grow_at(read, torch.tensor([list(places)]), shape, rows)
     for number, place in enumerate(places):
         peek = SimpleNamespace(peek=lambda count, first=number: noise[first : first + count])
-        one = FSPADCandidateGenerator(draft, Target(llama), noise=peek if coupled else None)
+        one = Drafter(draft, Target(llama), noise=peek if coupled else None)
         one.accept(features[:, : place + 1], ids[:, 1 : place + 2])
-        expected, made = one.grow(ids[:, [place + 1]], shape), grown.tree(number, int(ids[0, place + 1]))
+        expected, made = one.grow(ids[:, [place + 1]], shape), grown.best(ids[:, [place + 1]], number).trimmed()
         for part in ("tokens", "parents", "depths"):
             assert getattr(made, part).tolist() == getattr(expected, part).tolist(), (place, part)
         torch.testing.assert_close(made.scores, expected.scores, atol=1e-4, rtol=1e-4)

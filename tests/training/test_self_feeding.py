@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fspad_hf import FSPADCandidateGenerator
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
 from fspad_hf.training.config import TrainingConfig
@@ -18,7 +18,7 @@ from ..conftest import fresh_draft
 STEPS = 4
 
 
-class Chain(FSPADCandidateGenerator):
+class Chain(Drafter):
     """Grows the chain of `known` tokens, one a level, and keeps what the draft said at each."""
 
     def _children(self, logit_features, k, rows, depth):

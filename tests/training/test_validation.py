@@ -3,9 +3,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.training.config import TrainingConfig
 from fspad_hf.training.data import TrainingRows
-from fspad_hf.training.many_trees import ManyTrees
 from fspad_hf.training.validation import HindsightNoise, hindsight_noise, spans, validate
 
 from ..conftest import Oracle, fresh_draft
@@ -72,7 +72,10 @@ class OraclesTrees:
     def __init__(self, oracle, places, shape):
         self.oracle, self.places, self.depth = oracle, places, shape.depth
 
-    def tree(self, number, root, total):
+    def cpu(self):
+        return self
+
+    def best(self, root, number, total):
         before = SimpleNamespace(cache=SimpleNamespace(length=self.places[number] + 1))
         return self.oracle.grow(before, torch.tensor(root), self.depth)
 
@@ -83,7 +86,7 @@ def test_a_draft_that_knows_the_text_is_accepted_to_the_full_depth(llama, rows, 
     def oracle(accuracy):
         known = Oracle(document, accuracy, 64)
         monkeypatch.setattr(
-            ManyTrees, "grow_at", lambda self, read, places, shape, noise: OraclesTrees(known, places, shape)
+            Drafter, "grow_at", lambda self, read, at, shape, noise: OraclesTrees(known, at[0].tolist(), shape)
         )
 
     oracle(1.0)

@@ -1,20 +1,18 @@
 import pytest
 import torch
-from transformers import GenerationMixin
-from transformers.generation import CandidateGenerator
 
-import fspad_hf
-from fspad_hf import FSPADCandidateGenerator, SpeculationRecord
+from fspad_hf import SpeculationRecord
+from fspad_hf.generation.drafting import Drafter
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
 from fspad_hf.generation.verification import NoiseQueue
+from fspad_hf.modeling_fspad import FSPADDraftOutput
 
-from .. import tiny
 from ..conftest import fresh_draft
 
 
 def prepared(llama, draft, prompt, noise=None):
-    generator = FSPADCandidateGenerator(draft, Target(llama), noise=noise)
+    generator = Drafter(draft, Target(llama), noise=noise)
     with torch.no_grad():
         features = llama.model(prompt[:, :-1]).last_hidden_state
     generator.accept(features[:, :6], prompt[:, 1:7])  # in two parts, as rounds do
@@ -94,26 +92,29 @@ def test_coupled_drafting_accepts_more(llama, prompt):
     assert taus[True] > 1.2 * taus[False]
 
 
-def test_the_hosts_own_loop_can_use_the_generator(llama, prompt, monkeypatch):
-    """The base class's contract, in transformers' own assisted decoding."""
-    draft = fresh_draft(llama)
-    made = []
-
-    def ours(self, **kwargs):
-        made.append(FSPADCandidateGenerator(draft, Target(self)))
-        return made[-1]
-
-    assert issubclass(FSPADCandidateGenerator, CandidateGenerator)
-    monkeypatch.setattr(GenerationMixin, "_get_candidate_generator", ours)
-    fspad_hf.uninstall()
-    try:
-        fast = llama.generate(
-            prompt, assistant_model=tiny.build("llama", seed=1), max_new_tokens=30, eos_token_id=None
-        )
-    finally:
-        fspad_hf.install()
-    assert fast.tolist() == llama.generate(prompt, max_new_tokens=30, eos_token_id=None).tolist()
-    assert made[0].cache.length > prompt.shape[1]
+@pytest.mark.parametrize("coupled", [True, False])
+@torch.no_grad()
+def test_a_batch_is_its_rows_side_by_side(llama, coupled):
+    """Texts of one length, each with noise of its own: the trees are those that each row grows alone."""
+    draft, shape = fresh_draft(llama), TreeShape(4, 5, 30)
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        for weight in (*draft.layer.self_attn.parameters(), draft.layer.mlp.down_proj.weight):
+            torch.nn.init.normal_(weight, std=0.4)  # a fresh draft hardly attends to anything
+        ids = torch.randint(3, 64, (3, 9))
+        noise = torch.empty(4, 3, 64).exponential_() if coupled else None
+    features = llama.model(ids).last_hidden_state
+    drafter = Drafter(draft, Target(llama))
+    read = drafter.accept(features[:, :-1], ids[:, 1:])
+    last = FSPADDraftOutput(read.logit_features[:, -1:], read.features[:, -1:])
+    trees = drafter.grow_at(last, torch.full((3, 1), 7), shape, noise).best(ids[:, -1:])
+    for row in range(3):
+        alone = Drafter(draft, Target(llama))
+        alone.accept(features[row : row + 1, :-1], ids[row : row + 1, 1:])
+        expected = alone.grow_padded(ids[row : row + 1, -1:], shape, noise[:, row] if coupled else None)
+        for part in ("tokens", "parents", "depths"):
+            assert getattr(trees, part)[row].tolist() == getattr(expected, part)[0].tolist(), (row, part)
+        torch.testing.assert_close(trees.scores[row], expected.scores[0], atol=1e-4, rtol=1e-4)
 
 
 def test_record_adds_up(llama, llama_draft, prompt):

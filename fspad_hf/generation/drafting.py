@@ -1,12 +1,10 @@
-"""The draft at work: grows a dynamic tree (EAGLE-2, arXiv 2406.16858, section 4) from the target's true features."""
+"""The draft at work: grows dynamic trees (EAGLE-2, arXiv 2406.16858, section 4) from the target's true features."""
 
 import copy
-from typing import Any
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import (
-    CandidateGenerator,
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     MinPLogitsWarper,
@@ -21,7 +19,7 @@ from ..speculation_config import SpeculationConfig
 from .cache import ArenaCache
 from .remembered import Remembered
 from .target import Target
-from .tree import CandidateTree, TreeShape, prune
+from .tree import CandidateTree, GrownTrees, TreeShape
 from .twin import twin
 from .verification import NoiseQueue
 
@@ -33,10 +31,9 @@ STATIC_WARPERS = (
 LARGE = 1e30
 
 
-class FSPADCandidateGenerator(CandidateGenerator):
+class Drafter:
     """
-    Candidates from a [`FSPADDraftModel`], as a tree ([`~FSPADCandidateGenerator.grow`]) or, through the base class's
-    contract, as the tree's most confident chain ([`~FSPADCandidateGenerator.get_candidates`]).
+    One call's draft: reads the text ([`~Drafter.accept`]) and grows trees behind it ([`~Drafter.grow`]).
 
     Args:
         draft: the draft; if its dtype or device is not the features', a copy that is.
@@ -45,9 +42,6 @@ class FSPADCandidateGenerator(CandidateGenerator):
         noise: the coming draws; `None` drafts uncoupled.
         settings: resolved; by default the draft's.
     """
-
-    requires_model_outputs = True
-    model_kwargs_overrides: dict[str, Any] = {"output_hidden_states": True}
 
     def __init__(
         self,
@@ -64,7 +58,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         self.noise = noise if self.settings.coupled_drafting else None
         self.cache = ArenaCache(num_layers=1)
         self._network: FSPADDraftModel | None = None  # what runs: the twin of the draft
-        self._logit_feature = self._feature = None  # [1, 1, hidden]: o_logit and o_feature of the root
+        self._last: FSPADDraftOutput | None = None  # of the pair read last, whose token is the next tree's root
 
     @torch.no_grad()
     def accept(
@@ -77,7 +71,7 @@ class FSPADCandidateGenerator(CandidateGenerator):
         tree was grown on are gone.
 
         Args:
-            features (`[1, new, hidden]`), tokens (`[1, new]`).
+            features (`[rows, new, hidden]`), tokens (`[rows, new]`): of texts of one length.
             count (`[1]`): how many of the pairs there are, the rest being padding; `None` is all.
 
         Returns:
@@ -92,10 +86,10 @@ class FSPADCandidateGenerator(CandidateGenerator):
         if self.cache.is_fixed or (new > 1 and (start or self.draft.config._attn_implementation != "sdpa")):
             columns = torch.arange(self.cache.width(new), device=device)
             mask = additive_mask(columns <= places[:, None], self.draft.dtype)
-        out = self._step(tokens, features, places[None], mask)
+        out = self._step(tokens, features, places.expand(len(tokens), -1), mask)
         self.cache.length = start + (new if count is None else count)
         last = slice(-1, None) if count is None else count - 1
-        self._logit_feature, self._feature = out.logit_features[:, last], out.features[:, last]
+        self._last = FSPADDraftOutput(out.logit_features[:, last], out.features[:, last])
         return out
 
     def grow(self, root: torch.LongTensor, shape: TreeShape) -> CandidateTree:
@@ -110,77 +104,67 @@ class FSPADCandidateGenerator(CandidateGenerator):
         rows = self.noise.peek(shape.depth) if self.noise is not None else None  # [depth, V]
         return self.grow_padded(root.to(self.draft.device), shape, rows).trimmed()
 
-    @torch.no_grad()
     def grow_padded(self, root: torch.LongTensor, shape: TreeShape, rows: torch.Tensor | None) -> CandidateTree:
         """
-        [`~FSPADCandidateGenerator.grow`] without a look at any value, so that a graph can hold it: where there are
-        fewer nodes than `shape` wants, the rest is padding.
+        [`~Drafter.grow`] without a look at any value, so that a graph can hold it: where there are fewer nodes than
+        `shape` wants, the rest is padding.
 
         Args:
             rows (`[depth, V]`): the noise of the coming draws; `None` drafts uncoupled.
         """
-        depth, k, total, _ = shape
-        device, start = self.draft.device, self.cache.length
-        confidences, tokens = self._children(self._logit_feature, k, rows, 0)  # [1, 1, k]
-        frontier_scores, frontier_tokens = confidences[0, 0], tokens[0, 0]
-        frontier_features = self._feature.expand(-1, k, -1)
-        frontier_nodes = torch.arange(1, k + 1, device=device)
-        seen = torch.zeros(k, 0, dtype=torch.bool, device=device)  # which tree rows of the draft's cache each sees
-        levels = [(frontier_tokens, torch.zeros_like(frontier_nodes), frontier_scores)]
-        grown = k
+        at = torch.zeros(1, 1, dtype=torch.long, device=self.draft.device) + (self.cache.length - 1)
+        return self.grow_at(self._last, at, shape, None if rows is None else rows[:, None]).best(root)
 
-        for level in range(1, depth):
-            seen = torch.cat((seen, torch.eye(k, dtype=torch.bool, device=device)), dim=-1)
-            self.cache.length = start + (level - 1) * k  # append after the levels above
-            columns = torch.arange(self.cache.width(k), device=device)
-            own = torch.arange(level * k, device=device) + start
-            mask = (columns < start).repeat(k, 1).index_copy_(1, own, seen)
-            positions = torch.zeros(1, k, dtype=torch.long, device=device) + (start + level - 1)
-            out = self._step(
-                frontier_tokens[None], frontier_features, positions, additive_mask(mask, self.draft.dtype)
-            )
-            confidences, tokens = self._children(out.logit_features, k, rows, level)  # [1, k, k]
-            scores = (frontier_scores[:, None] + confidences[0]).flatten()
-            levels.append((tokens.flatten(), frontier_nodes[:, None].expand(-1, k).flatten(), scores))
-            best = scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).topk(k).indices
-            parents = best // k
-            frontier_scores, frontier_tokens = scores[best], tokens.flatten()[best]
-            frontier_features, seen = out.features[:, parents], seen[parents]
-            frontier_nodes = 1 + grown + best
-            grown += k * k
-        self.cache.length = start  # the tree's rows were made from drafted features: drop them
-
-        depths = torch.cat([torch.full_like(part[0], level + 1) for level, part in enumerate(levels)])
-        tokens, parents, scores = (torch.cat(parts) for parts in zip(*levels, strict=True))
-        return prune(root, tokens, parents, depths, scores, total)
-
-    def get_candidates(self, input_ids: torch.LongTensor, model_outputs=None, is_first_iteration=False, **kwargs):
+    @torch.no_grad()
+    def grow_at(
+        self, read: FSPADDraftOutput, at: torch.LongTensor, shape: TreeShape, noise: torch.Tensor | None
+    ) -> GrownTrees:
         """
-        The base class's contract, for the host's own chain verification: `input_ids` with the most confident path of a
-        tree behind it, and no logits (the candidates are deterministic).
+        All nodes of the trees whose roots are the tokens of the pairs `at`, side by side: a tree's nodes see the text
+        up to its root, and of the nodes their own ancestors.
 
         Args:
-            input_ids (`[1, length]`): all tokens so far.
-            model_outputs: the last forward's, with `hidden_states`.
-            is_first_iteration: nothing has been forwarded yet, so nothing can be drafted.
+            read: the draft's outputs of these pairs, `[rows, trees, hidden]`.
+            at (`[rows, trees]`): where these pairs are in the text that was accepted.
+            shape: of every tree; its depth is 1 or more.
+            noise (`[depth, rows * trees, V]`): of each tree's coming draws; `None` drafts uncoupled.
         """
-        if is_first_iteration:
-            return input_ids, None
-        start = self.cache.length
-        new = input_ids.shape[1] - 1 - start
-        self.accept(model_outputs.hidden_states[-1][:, :new], input_ids[:, start + 1 :])
-        tree = self.grow(input_ids[:, -1:], TreeShape.of(self.settings))
-        path, node = [], 0
-        first_child = {}
-        for child, parent in enumerate(tree.parents[0].tolist()[1:], start=1):
-            first_child.setdefault(parent, child)
-        while (node := first_child.get(node)) is not None:
-            path.append(node)
-        chain = tree.tokens[:, path].to(input_ids.device)
-        return torch.cat((input_ids, chain), dim=-1), None
+        depth, k, total, _ = shape
+        device, start, (rows, trees) = self.draft.device, self.cache.length, at.shape
+        each = torch.arange(rows * trees, device=device)[:, None]
+        scores, tokens = self._children(read.logit_features.flatten(0, 1)[:, None], k, noise, 0)
+        scores, tokens = scores[:, 0], tokens[:, 0]  # [rows * trees, k], as all of the frontier
+        features = read.features.flatten(0, 1)[:, None].expand(-1, k, -1)
+        nodes = torch.arange(1, k + 1, device=device).expand(rows * trees, k)
+        own, itself = (torch.eye(size, dtype=torch.bool, device=device) for size in (trees, k))
+        seen = itself.new_zeros(rows * trees, k, 0, k)  # which nodes of the levels above each of them sees
+        levels, grown = [(tokens, torch.zeros_like(nodes), scores)], k
 
-    def update_candidate_strategy(self, input_ids: torch.LongTensor, scores: torch.Tensor, num_matches: int):
-        """Nothing to update: the tree's shape is the configuration's."""
+        for level in range(1, depth):
+            seen = torch.cat((seen, itself[:, None].expand(rows * trees, k, 1, k)), dim=2)
+            self.cache.length = start + (level - 1) * trees * k  # append after the levels above
+            columns = torch.arange(self.cache.width(trees * k), device=device)
+            of_nodes = torch.arange(level * trees * k, device=device) + start
+            text = (columns <= at[..., None]).repeat_interleave(k, dim=1)  # [rows, trees * k, columns]
+            among = seen.view(rows, trees, k, level, 1, k) & own[:, None, None, :, None]
+            mask = text.index_copy_(2, of_nodes, among.view(rows, trees * k, -1))
+            out = self._step(
+                tokens.view(rows, -1), features.reshape(rows, trees * k, -1),
+                (at + level).repeat_interleave(k, dim=1), additive_mask(mask, self.draft.dtype),
+            )  # fmt: skip
+            confidences, children = self._children(out.logit_features.view(rows * trees, k, -1), k, noise, level)
+            below = (scores[..., None] + confidences).flatten(1)
+            levels.append((children.flatten(1), nodes.repeat_interleave(k, dim=1), below))
+            best = below.nan_to_num(nan=float("-inf"), neginf=float("-inf")).topk(k).indices
+            parents = best // k
+            scores, tokens, nodes = below.gather(1, best), children.flatten(1).gather(1, best), 1 + grown + best
+            features, seen = out.features.view(rows * trees, k, -1)[each, parents], seen[each, parents]
+            grown += k * k
+        self.cache.length = start  # the trees' rows were made from drafted features: drop them
+
+        depths = torch.cat([torch.full_like(part[0][0], level + 1) for level, part in enumerate(levels)])
+        tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
+        return GrownTrees(tokens, parents, depths, scores, total)
 
     def _step(self, tokens, features, positions, mask):
         device, dtype = self.draft.device, self.draft.dtype
@@ -192,30 +176,40 @@ class FSPADCandidateGenerator(CandidateGenerator):
             cache=self.cache,
         )
 
-    def _children(self, logit_features: torch.Tensor, k: int, rows: torch.Tensor | None, depth: int):
+    def _children(self, logit_features: torch.Tensor, k: int, noise: torch.Tensor | None, depth: int):
         """
-        The top k children of each node: log-confidences and tokens, both `[1, nodes, k]`.
-
-        Uncoupled: the log-softmax of the raw draft logits. Coupled: log-softmax(kappa (sharpness log q - log E)) with
-        q the draft's warped distribution and E the row of noise that will decide the draw at this depth, so that the
-        child which wins is the one the draw would pick if the draft, sharpened, were the target.
+        The top k children of each node of a level (`[trees, nodes, hidden]`): log-confidences and tokens, both
+        `[trees, nodes, k]`. Uncoupled, by the log-softmax of the raw draft logits; else see [`coupled_scores`].
         """
-        ids = self.draft.draft_vocab_ids
+        ids, settings = self.draft.draft_vocab_ids, self.settings
         scores = self.target.draft_logits(logit_features, ids).float().to(self.draft.device)
-        if rows is not None:
+        if noise is not None:
             # finite, for some warpers refuse what is not, and a draft may be wrong in any way
-            flat = self.warpers(None, scores[0].nan_to_num(-LARGE, LARGE, -LARGE)) if self.warpers else scores[0]
-            noise = rows[depth].to(scores.device)
-            log_noise = (noise if ids is None else noise[..., ids]).clamp(min=torch.finfo(torch.float32).tiny).log()
-            scores = (self.settings.coupling_kappa * (self.settings.coupling_sharpness * flat - log_noise))[None]
+            flat = scores.nan_to_num(-LARGE, LARGE, -LARGE).flatten(0, 1)
+            flat = self.warpers(None, flat) if self.warpers else flat
+            drawn = noise[depth].to(scores.device)[:, None]
+            drawn = drawn if ids is None else drawn[..., ids]
+            scores = coupled_scores(flat.view_as(scores), drawn, settings.coupling_sharpness, settings.coupling_kappa)
         values, tokens = scores.log_softmax(-1).topk(k, dim=-1)
         return values, tokens if ids is None else ids[tokens]
 
 
+def coupled_scores(scores: torch.Tensor, noise: torch.Tensor, sharpness: float, kappa: float) -> torch.Tensor:
+    """
+    kappa (sharpness log q - log E), with q the draft's warped distribution and E the Exp(1) row of noise that will
+    decide the draw: the token which wins is the one the draw would pick if the draft, sharpened, were the target.
+
+    Args:
+        scores (`[..., V]`): log q, up to a constant.
+        noise (`[..., V]`): E.
+    """
+    return kappa * (sharpness * scores - noise.clamp(min=torch.finfo(noise.dtype).tiny).log())
+
+
 def additive_mask(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
-    """`[queries, keys]` bool to `[1, 1, queries, keys]` float."""
+    """`[queries, keys]` or `[rows, queries, keys]` bool to `[rows, 1, queries, keys]` float."""
     mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[None, None]
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).view(-1, 1, *mask.shape[-2:])
 
 
 _copies = Remembered()
