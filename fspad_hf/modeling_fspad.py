@@ -105,9 +105,10 @@ class FSPADDraftModel(FSPADPreTrainedModel):
         self.register_buffer("draft_vocab_ids", drafted)  # [draft_vocab_size]: the target's ids that are drafted
         self.post_init()
 
-    def speculation_settings(self, device: torch.device | str | None = None) -> SpeculationConfig:
+    def speculation_settings(self, device: torch.device | str | None = None, batch: int = 1) -> SpeculationConfig:
         """`speculation_config` with every field chosen, see [`SpeculationConfig.resolved`]."""
-        return self.speculation_config.resolved(device, self.config.draft_vocab_size or self.config.vocab_size)
+        vocabulary = self.config.draft_vocab_size or self.config.vocab_size
+        return self.speculation_config.resolved(device, vocabulary, batch)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ from .runtime import write_json
 FILE = "speculation_config.json"
 PAPER = {"tree": "fixed", "tree_depth": 6, "tree_top_k": 10, "tree_total_nodes": 59}
 CPU = {"tree": "auto", "tree_depth": 6, "tree_top_k": 8, "tree_total_nodes": 31}
+ROWS, CPU_ROWS = 128, 32  # nodes of all trees of a batch together
 ELSE = {"cuda_graphs": False, "coupled_drafting": True, "coupling_sharpness": 1.0, "coupling_kappa": 1.0}
 RANGES = {"tree_depth": (1, 64), "tree_top_k": (1, 256), "tree_total_nodes": (1, 1024), "tree_lookup_tokens": (0, 256)}
 
@@ -61,13 +62,16 @@ class SpeculationConfig:
             _check(name, value)
         object.__setattr__(self, name, value)
 
-    def resolved(self, device: torch.device | str | None = None, vocabulary: int | None = None) -> "SpeculationConfig":
+    def resolved(
+        self, device: torch.device | str | None = None, vocabulary: int | None = None, batch: int = 1
+    ) -> "SpeculationConfig":
         """
         These settings with every field chosen.
 
         Args:
             device: where the target runs; `None` chooses the paper's tree, by which drafts are compared.
             vocabulary: how many tokens can be drafted.
+            batch: sequences; the more there are, the fewer nodes each has, unless their number is set.
         """
         sized = any(getattr(self, name) is not None for name in ("tree_depth", "tree_top_k", "tree_total_nodes"))
         asked = self.tree == "fixed" or (sized and self.tree is None)  # for one very tree
@@ -76,6 +80,9 @@ class SpeculationConfig:
         chosen.tree_top_k = min(chosen.tree_top_k, vocabulary or chosen.tree_top_k)
         reach = chosen.tree_top_k + (chosen.tree_depth - 1) * chosen.tree_top_k**2
         chosen.tree_total_nodes = nodes = min(chosen.tree_total_nodes, reach)
+        if batch > 1 and self.tree_total_nodes is None:
+            rows = CPU_ROWS if default is CPU else ROWS
+            chosen.tree_total_nodes = nodes = max(min(nodes, rows // batch - 1), 1)
         share = 0 if device is None else nodes // 2 if chosen.tree == "auto" else nodes // 4
         lookup = share if chosen.tree_lookup_tokens is None else chosen.tree_lookup_tokens
         chosen.tree_lookup_tokens = min(lookup, nodes, RANGES["tree_lookup_tokens"][1])

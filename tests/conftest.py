@@ -1,5 +1,6 @@
 import random
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -176,11 +177,19 @@ class Oracle:
 
 @pytest.fixture
 def oracle(monkeypatch):
-    """Replaces the draft's trees by an [`Oracle`]'s: `oracle(reference, accuracy, vocab_size)`."""
+    """Replaces the draft's trees by [`Oracle`]s': `oracle(references, accuracy, vocab_size)`, one a sequence."""
 
-    def use(reference, accuracy, vocab_size):
-        made = Oracle(reference, accuracy, vocab_size)
-        monkeypatch.setattr(Drafter, "grow", lambda self, root, shape: made.grow(self, root, shape.depth))
+    def use(references, accuracy, vocab_size):
+        made = [Oracle(reference, accuracy, vocab_size) for reference in references]
+
+        def grow(self, roots, shape, sequences=(0,)):
+            trees = [
+                made[number].grow(SimpleNamespace(cache=SimpleNamespace(length=length)), root[None], shape.depth)
+                for number, length, root in zip(sequences, self.cache.lengths, roots, strict=True)
+            ]
+            return CandidateTree.stacked(trees)
+
+        monkeypatch.setattr(Drafter, "grow", grow)
 
     yield use
 
@@ -196,13 +205,16 @@ def same(oracle):
         draft = draft if draft is not None else fresh_draft(model)
         make = each or (lambda: {})
         kwargs, plain, state = plain_run(model, ids, seed, make, kwargs)
-        reference = plain.sequences[0].tolist()
+        references = plain.sequences.tolist()
         if "attention_mask" in kwargs:  # the oracle counts tokens, not padding
-            mask = kwargs["attention_mask"][0].tolist()
-            mask += [1] * (len(reference) - len(mask))
-            reference = [t for t, m in zip(reference, mask, strict=True) if m]
+            masks = kwargs["attention_mask"].tolist()
+            masks = [mask for mask in masks for _ in range(len(references) // len(masks))]
+            references = [
+                [t for t, m in zip(tokens, mask + [1] * (len(tokens) - len(mask)), strict=True) if m]
+                for tokens, mask in zip(references, masks, strict=True)
+            ]
         for accuracy in accuracies:
-            oracle(reference, accuracy, model.config.get_text_config().vocab_size)
+            oracle(references, accuracy, model.config.get_text_config().vocab_size)
             torch.manual_seed(seed)
             fast = model.generate(ids, assistant_model=draft, **kwargs, **make())
             assert fast.speculation is not None, "fell back to plain decoding"

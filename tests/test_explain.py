@@ -59,7 +59,7 @@ def round_groups(picture):
 @pytest.mark.parametrize("mode", ["greedy", "sampled"])
 def test_what_is_drawn_as_accepted_is_what_the_target_emitted(endless, llama_draft, tokenizer, oracle, mode):
     inputs, plain, state = plain_answer(endless, tokenizer, mode, 25, seed=4)
-    oracle(plain[0].tolist(), 0.8, 64)
+    oracle(plain.tolist(), 0.8, 64)
     made = explain(endless, tokenizer, llama_draft, PROMPT, 25, mode == "sampled", seed=4)
     assert torch.equal(torch.get_rng_state(), state)
     answer = plain[0, inputs["input_ids"].shape[1] :].tolist()

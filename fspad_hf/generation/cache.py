@@ -1,6 +1,7 @@
 """The key-value arena: one buffer for many layers, from which a tree's rejected nodes are dropped in place."""
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -38,13 +39,13 @@ class ArenaLayer(CacheLayerMixin):
         self.arena.reserve(self, key_states, value_states, self.arena.length + key_states.shape[-2])
 
     def is_broken(self) -> bool:
-        """Whether something in the window is not a number."""
-        used = slice(max(self.arena.length + 1 - self.window, 0), self.arena.length)
+        """Whether something in a window is not a number."""
+        used = slice(max(min(self.arena.lengths) + 1 - self.window, 0), self.arena.length)
         return not all(bool(part[..., used, :].isfinite().all()) for part in (self.keys, self.values))
 
     def forget(self) -> None:
-        """Leaves nothing of what is no longer in the window of the next token."""
-        gone = slice(0, max(self.arena.length + 1 - self.window, 0))
+        """Leaves nothing of what is no longer in the window of a next token."""
+        gone = slice(0, max(min(self.arena.lengths) + 1 - self.window, 0))
         self.keys[..., gone, :] = 0
         self.values[..., gone, :] = 0
 
@@ -62,7 +63,8 @@ class ArenaCache(Cache):
     """
     Layers of one shape share a K and a V buffer `[layers, batch, heads, capacity, head_dim]`.
 
-    A forward appends its rows after `length`; they count only once [`~ArenaCache.keep`] says which of them stay.
+    A forward appends its rows after `length`; they count only once [`~ArenaCache.keep`] says which of them stay. A
+    batch holds `lengths` of them, and what lies between a shorter sequence and `length` is for the masks to hide.
 
     While a graph is captured `length` is a tensor `[1]`. All shapes are fixed then: attention sees the whole buffers,
     and the mask hides what is not filled.
@@ -73,6 +75,7 @@ class ArenaCache(Cache):
     """
 
     def __init__(self, num_layers: int, capacity: int = 0):
+        self._own_lengths: list[int] | None = None
         self.length = 0
         self.least_capacity = capacity
         self._groups: list[list[ArenaLayer]] = []
@@ -101,7 +104,7 @@ class ArenaCache(Cache):
         Copies a prefilled cache of as many layers of the same shapes into the buffers. Positions that a sliding layer
         has already forgotten are left as they are: the masks never show them again.
         """
-        self.length = cache.get_seq_length()
+        self._own_lengths, self.length = None, cache.get_seq_length()
         for mine, layer in zip(self.layers, cache.layers, strict=True):
             if layer.is_initialized:
                 start = self.length - layer.keys.shape[-2]
@@ -126,13 +129,31 @@ class ArenaCache(Cache):
 
     @property
     def length(self) -> int | torch.LongTensor:
-        """Positions that count."""
+        """Positions that count, in the longest sequence."""
         return self._length
 
     @length.setter
     def length(self, length: int | torch.LongTensor):
         self._length = length
         self._slots: tuple[int, torch.LongTensor | None] = (0, None)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Positions that count, of each sequence."""
+        return [self.length] if self._own_lengths is None else self._own_lengths
+
+    @lengths.setter
+    def lengths(self, lengths: list[int]):
+        self._own_lengths = lengths if len(lengths) > 1 else None
+        self.length = max(lengths)
+
+    def select(self, sequences: list[int]) -> None:
+        """Keeps these sequences of the batch."""
+        lengths = [self.lengths[i] for i in sequences]
+        for number, (group, pair) in enumerate(zip(self._groups, self._buffers, strict=True)):
+            self._buffers[number] = tuple(buffer[:, sequences] for buffer in pair)
+            self._show(group, self._buffers[number])
+        self.lengths = lengths
 
     @property
     def is_fixed(self) -> bool:
@@ -190,17 +211,22 @@ class ArenaCache(Cache):
                         layer.keys[..., start : self.length, :], layer.values[..., start : self.length, :], index
                     )
 
-    def keep(self, slots: list[int]):
+    def keep(self, slots: Sequence[list[int]]):
         """
-        Of the rows appended by the last forward, keeps those at `slots` (ascending, counted from the first appended),
-        moved together; forgets the rest.
+        Of the rows appended by the last forward, keeps of each sequence those at its `slots` (ascending, counted from
+        the first appended), moved together behind what it has; forgets the rest.
         """
-        if slots != list(range(len(slots))):
-            self.gather(torch.tensor(slots, device=self._buffers[0][0].device))
-        self.length += len(slots)
+        start, lengths = self.length, self.lengths
+        for sequence, (kept, length) in enumerate(zip(slots, lengths, strict=True)):
+            if kept and (length, kept) != (start, list(range(len(kept)))):
+                source = torch.tensor(kept, device=self._buffers[0][0].device) + start
+                for buffer in (buffer for pair in self._buffers for buffer in pair):
+                    moved = buffer[:, sequence].index_select(2, source.to(buffer.device))
+                    buffer[:, sequence, :, length : length + len(kept)] = moved
+        self.lengths = [length + len(kept) for length, kept in zip(lengths, slots, strict=True)]
 
     def gather(self, slots: torch.LongTensor):
-        """Moves the rows at `slots` (`[count]`, counted as in [`~ArenaCache.keep`]) together, to the first ones."""
+        """[`~ArenaCache.keep`] of a single sequence, on tensors alone: `slots` is `[count]`, and `length` stays."""
         for pair in self._buffers:
             source = slots.to(pair[0].device) + self.length
             target = torch.arange(len(slots), device=source.device) + self.length
@@ -227,6 +253,10 @@ class ArenaCache(Cache):
             for new, old in zip(pair, self._buffers[number], strict=True):
                 new[..., : self.length, :] = old[..., : self.length, :]
             self._buffers[number] = pair
+        self._show(group, pair)
+
+    @staticmethod
+    def _show(group: list[ArenaLayer], pair: tuple[torch.Tensor, torch.Tensor]):
         for layer, layer_keys, layer_values in zip(group, *pair, strict=True):
             layer.keys, layer.values, layer.is_initialized = layer_keys, layer_values, True
             layer.dtype, layer.device = layer_keys.dtype, layer_keys.device

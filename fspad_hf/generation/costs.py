@@ -16,7 +16,7 @@ LATEST = 5  # measurements of a size that are remembered, of which the quickest 
 
 class RoundCosts:
     """
-    Seconds of a forward of the target by its number of rows, and of a level of a draft tree.
+    Seconds of a forward of the target by its number of rows for each sequence, and of a level of the draft trees.
 
     The first forward of a number of rows does not count: it also pays for whatever is prepared for that shape. Between
     numbers of rows that have been measured costs are interpolated; more rows than that are taken to cost no more,
@@ -54,9 +54,9 @@ class RoundCosts:
 _known = Remembered()
 
 
-def costs_of(target: Target, draft: FSPADDraftModel, captured: bool) -> RoundCosts:
-    """What is known of the rounds of a pair, in this process, on this device."""
-    key = weakref.ref(draft), str(target.device), target.model.dtype, torch.get_num_threads(), captured
+def costs_of(target: Target, draft: FSPADDraftModel, batch: int, captured: bool) -> RoundCosts:
+    """What is known of the rounds of a pair with so many sequences, in this process, on this device."""
+    key = weakref.ref(draft), batch, str(target.device), target.model.dtype, torch.get_num_threads(), captured
     return _known.get(target.model, key, RoundCosts)
 
 

@@ -1,5 +1,6 @@
 """The loop: prefill -> [ grow a tree -> verify it -> walk it -> keep the path ]*."""
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from .drafting import Drafter
 from .graphs import make_rounds
 from .probe import probe
 from .tuning import trees_of
-from .verification import NoiseQueue, TokenEmitter
+from .verification import NoiseQueue, TokenEmitter, processors_of
 
 logger = logging.get_logger(__name__)
 
@@ -28,24 +29,36 @@ class SpeculationRecord:
     What speculation did in one call.
 
     Args:
-        accepted_lengths: tokens emitted by each round, the bonus token included.
+        accepted_lengths: tokens emitted by each round, the bonus token included; in a batch by each round of the first
+            sequence, then of the next.
+        sequences: in a batch the record of each sequence.
     """
 
     accepted_lengths: list[int] = field(default_factory=list)
+    sequences: list["SpeculationRecord"] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, lengths: list[list[int]]) -> "SpeculationRecord":
+        """From the accepted lengths of each sequence."""
+        if len(lengths) == 1:
+            return cls(lengths[0])
+        return cls([length for one in lengths for length in one], [cls(one) for one in lengths])
 
     @property
     def rounds(self) -> int:
         """Verification forwards; the prefill is not one."""
-        return len(self.accepted_lengths)
+        return max((one.rounds for one in self.sequences), default=len(self.accepted_lengths))
 
     @property
     def tau(self) -> float | None:
-        """Tokens after the first, per verification forward; `None` without a round."""
-        return sum(self.accepted_lengths) / self.rounds if self.rounds else None
+        """Tokens after the first, per verification forward and sequence in it; `None` without a round."""
+        lengths = self.accepted_lengths
+        return sum(lengths) / len(lengths) if lengths else None
 
     def __repr__(self) -> str:
         tau = self.tau if self.tau is None else f"{self.tau:.2f}"
-        return f"SpeculationRecord(rounds={self.rounds}, tau={tau})"
+        batch = f", sequences={len(self.sequences)}" if self.sequences else ""
+        return f"SpeculationRecord(rounds={self.rounds}, tau={tau}{batch})"
 
 
 @dataclass
@@ -66,73 +79,131 @@ def tree_decoding(
     **model_kwargs,
 ) -> FSPADGenerateOutput | torch.LongTensor:
     """
-    `GenerationMixin._sample` for one sequence, several tokens a forward, the same tokens.
+    `GenerationMixin._sample`, several tokens a forward, the same tokens.
 
     A streamer may have a method `on_round(tree)`: it is called before each round's first token with the tree that the
     tokens put after it walk, and must leave that tree as it is.
 
     Args:
         model: a target that [`probe`] has passed.
-        input_ids (`[1, prompt]`): the whole prompt, also what a cache passed in holds of it; `model_kwargs` are as
-            `generate` prepares them.
+        input_ids (`[batch, prompt]`): the whole prompts, also what a cache passed in holds of them; `model_kwargs` are
+            as `generate` prepares them.
     """
-    found = probe(model)
+    found, batch = probe(model), len(input_ids)
     target = found.view(model)
     noise = None
     if generation_config.do_sample:
-        noise = NoiseQueue(input_ids.device, target.text_config.vocab_size)
-    emitter = TokenEmitter(input_ids, logits_processor, stopping_criteria, generation_config, streamer, noise)
-    settings = settings_of_call(draft, target.device, generation_config)
+        noise = NoiseQueue(input_ids.device, target.text_config.vocab_size, batch)
+    criteria, own_streamer = stopping_criteria, streamer if batch == 1 else None
+    emitters = []
+    for number, ids in enumerate(input_ids):
+        processors = processors_of(logits_processor, number, batch)
+        emitters.append(TokenEmitter(ids[None], processors, criteria, generation_config, own_streamer, noise, number))
+    settings = settings_of_call(draft, target.device, generation_config, batch)
     drafter = Drafter(draft, target, logits_processor, noise, settings)
-    record = SpeculationRecord()
+    lengths: list[list[int]] = [[] for _ in emitters]
+    together = Lockstep(emitters, padding_of(generation_config), streamer) if batch > 1 else None
 
-    read = continuation.take(model_kwargs.get(CACHE), draft, input_ids)
+    read = continuation.take(model_kwargs.get(CACHE), draft, input_ids) if batch == 1 else None
     with ExitStack() as stack:
         stack.enter_context(target.listening())
         outputs, features = target.prefill(input_ids, generation_config, model_kwargs)
         prefill_cache = outputs[CACHE]
-        emitter.emit(outputs.logits[:, -1])
+        for row, emitter in enumerate(emitters):
+            emitter.emit(outputs.logits[row : row + 1, -1])
         del outputs
-        if not emitter.finished:
-            prompt, offset = _prompt_layout(input_ids, model_kwargs)
-            on_round = getattr(streamer, "on_round", None)
-            rounds = make_rounds(target, drafter, emitter, prefill_cache, features, prompt, offset, on_round)
+        rounds = None
+        if not all(emitter.finished for emitter in emitters):
+            prompt, offsets = _prompt_layout(input_ids, model_kwargs)
+            on_round = getattr(streamer, "on_round", None) if batch == 1 else None
+            wanted = batch == 1 or generation_config.return_dict_in_generate
+            wanted = wanted or getattr(prefill_cache, "_is_user_defined", False)
+            rounds = make_rounds(
+                target, drafter, emitters, prefill_cache, features, prompt, offsets, on_round, wanted
+            )  # fmt: skip
             stack.callback(rounds.close)
             if read is not None:
                 rounds.go_on(read)
-            costs = costs_of(target, draft, rounds.captured) if settings.tree == "auto" else None
+            costs = costs_of(target, draft, batch, rounds.captured) if settings.tree == "auto" else None
             trees = trees_of(settings, costs)
+        if together is not None:
+            together.publish()
 
-        while not emitter.finished:
-            found = rounds.lookup.continuation(settings.tree_lookup_tokens)
-            shape = rounds.limit(trees.choose(found), generation_config.max_length)
-            tree, path = rounds.run(shape, found.tokens[: shape.lookup], costs)
-            trees.observe(tree, path, found, emitter.emitted[-len(path) :])
-            record.accepted_lengths.append(len(path))
-        if record.rounds and prompt.all() and not rounds.captured:
-            state = continuation.DraftState(emitter.input_ids[0].tolist(), drafter.cache, rounds.unread)
+        while not all(emitter.finished for emitter in emitters):
+            found = [lookup.continuation(settings.tree_lookup_tokens) for lookup in rounds.lookups]
+            here, most = rounds.emitters, max(found, key=lambda one: (len(one.tokens), one.match))
+            shape = rounds.limit(trees.choose(most), generation_config.max_length)
+            tree, paths = rounds.run(shape, [one.tokens[: shape.lookup] for one in found], costs)
+            for row, (emitter, path) in enumerate(zip(here, paths, strict=True)):
+                if path:
+                    trees.observe(tree.of(row), path, found[row], emitter.emitted[-len(path) :])
+                    lengths[emitter.sequence].append(len(path))
+            if together is not None:
+                together.publish()
+        if rounds is not None and batch > 1 and rounds.is_whole:
+            rounds.settle(padding_of(generation_config))
+        if lengths[0] and batch == 1 and prompt.all() and not rounds.captured:
+            state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.unread[0])
             continuation.keep(prefill_cache, draft, state)
 
     if streamer is not None:
         streamer.end()
+    sequences = emitters[0].input_ids if together is None else together.sequences(input_ids)
     if not generation_config.return_dict_in_generate:
-        return emitter.input_ids
+        return sequences
     return FSPADGenerateOutput(
-        sequences=emitter.input_ids,
-        scores=emitter.scores,
-        logits=emitter.raw_logits,
-        speculation=record,
+        sequences=sequences,
+        scores=emitters[0].scores,
+        logits=emitters[0].raw_logits,
+        speculation=SpeculationRecord.of(lengths),
         **{CACHE: prefill_cache},
     )
 
 
-def settings_of_call(draft: FSPADDraftModel, device: torch.device, generation_config) -> SpeculationConfig:
+class Lockstep:
+    """
+    The sequences of a batch as plain decoding has them: a token of each a step, padding behind one that has ended.
+
+    Args:
+        streamer: is given each step's tokens, as soon as all sequences have them.
+    """
+
+    def __init__(self, emitters: Sequence[TokenEmitter], padding: int, streamer=None):
+        self.emitters, self.padding, self.streamer, self.steps = list(emitters), padding, streamer, 0
+
+    def publish(self):
+        if self.streamer is None:
+            return
+        going = [len(emitter.emitted) for emitter in self.emitters if not emitter.finished]
+        longest = max(len(emitter.emitted) for emitter in self.emitters)
+        for step in range(self.steps, min(going, default=longest)):
+            self.streamer.put(torch.tensor([row[step] for row in self._padded(longest)], device="cpu"))
+            self.steps += 1
+
+    def sequences(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """`[batch, longest]`."""
+        longest = max(len(emitter.emitted) for emitter in self.emitters)
+        return torch.cat((input_ids, input_ids.new_tensor(self._padded(longest))), dim=1)
+
+    def _padded(self, length: int) -> list[list[int]]:
+        return [e.emitted + [self.padding] * (length - len(e.emitted)) for e in self.emitters]
+
+
+def padding_of(generation_config) -> int:
+    """What plain decoding puts behind a sequence that has ended."""
+    padding = generation_config._pad_token_tensor
+    return 0 if padding is None else int(padding)
+
+
+def settings_of_call(
+    draft: FSPADDraftModel, device: torch.device, generation_config, batch: int = 1
+) -> SpeculationConfig:
     """
     The draft's settings, resolved, and what the call says to stock assistants: `num_assistant_tokens`, the most tokens
     to guess ahead, is the most levels here. `assistant_confidence_threshold` says nothing about a tree, which has the
     most confident nodes anyway.
     """
-    settings, default = draft.speculation_settings(device), GenerationConfig._get_default_generation_params()
+    settings, default = draft.speculation_settings(device, batch), GenerationConfig._get_default_generation_params()
 
     configs = generation_config, getattr(draft, "generation_config", None)
 
@@ -143,7 +214,7 @@ def settings_of_call(draft: FSPADDraftModel, device: torch.device, generation_co
     if (most := asked("num_assistant_tokens")) is not None:
         settings.tree_depth = min(settings.tree_depth, max(int(most), 1))
         settings.tree_lookup_tokens = min(settings.tree_lookup_tokens, max(int(most), 1))
-        settings = settings.resolved(device)  # fewer levels may hold fewer nodes
+        settings = settings.resolved(device, batch=batch)  # fewer levels may hold fewer nodes
     if asked("assistant_confidence_threshold") is not None:
         logger.warning_once(
             "assistant_confidence_threshold says nothing about a draft tree and is not used: set "
@@ -152,10 +223,11 @@ def settings_of_call(draft: FSPADDraftModel, device: torch.device, generation_co
     return settings
 
 
-def _prompt_layout(input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.BoolTensor, int]:
-    """Which prompt columns hold tokens, `[1, prompt]`, and a token's position id less its column."""
+def _prompt_layout(input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.BoolTensor, list[int]]:
+    """Which prompt columns hold tokens, `[batch, prompt]`, and of each row a token's position id less its column."""
     mask = model_kwargs.get("attention_mask")
     prefix = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    positions = model_kwargs.get("position_ids")
-    last = input_ids.shape[1] - 1 if positions is None else int(positions[0, -1])
-    return prefix, last - (input_ids.shape[1] - 1)
+    positions, last = model_kwargs.get("position_ids"), input_ids.shape[1] - 1
+    if positions is None:
+        return prefix, [0] * len(input_ids)
+    return prefix, [position - last for position in positions[:, -1].expand(len(input_ids)).tolist()]

@@ -1,6 +1,7 @@
 """The draft at work: grows dynamic trees (EAGLE-2, arXiv 2406.16858, section 4) from the target's true features."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from transformers import LogitsProcessorList
@@ -62,17 +63,18 @@ class Drafter:
 
     @torch.no_grad()
     def accept(
-        self, features: torch.Tensor, tokens: torch.LongTensor, count: torch.LongTensor | None = None
+        self, features: torch.Tensor, tokens: torch.LongTensor, counts: list[int] | torch.LongTensor | None = None
     ) -> FSPADDraftOutput:
         """
-        Takes in true pairs (f_t, token t+1), the last token being the next tree's root.
+        Takes in true pairs (f_t, token t+1), the last token of a text being its next tree's root.
 
         The draft's keys and values of accepted tokens are always made from the target's own features here; those a
         tree was grown on are gone.
 
         Args:
-            features (`[rows, new, hidden]`), tokens (`[rows, new]`): of texts of one length.
-            count (`[1]`): how many of the pairs there are, the rest being padding; `None` is all.
+            features (`[texts, new, hidden]`), tokens (`[texts, new]`).
+            counts: how many of the pairs there are of each text, the rest being padding; a tensor `[1]` for a graph,
+                of a single text; `None` is all.
 
         Returns:
             The draft's outputs of these pairs.
@@ -80,40 +82,67 @@ class Drafter:
         if self._network is None:
             self.draft = matched(self.draft, features)
             self._network = twin(self.draft)
-        new, start, device = tokens.shape[1], self.cache.length, self.draft.device
-        places = torch.arange(new, device=device) + start
-        mask = None
-        if self.cache.is_fixed or (new > 1 and (start or self.draft.config._attn_implementation != "sdpa")):
+        texts, new = tokens.shape
+        if texts > 1 and len(self.cache.lengths) != texts:
+            self.cache.lengths = [0] * texts
+        start, device, batched = self.cache.length, self.draft.device, len(self.cache.lengths) > 1
+        lengths = torch.tensor(self.cache.lengths, device=device)[:, None] if batched else start
+        steps = torch.arange(new, device=device)
+        places, mask = (steps + lengths).expand(texts, -1), None
+        causal = new > 1 and (start or self.draft.config._attn_implementation != "sdpa")
+        if self.cache.is_fixed or causal or (batched and start):
             columns = torch.arange(self.cache.width(new), device=device)
-            mask = additive_mask(columns <= places[:, None], self.draft.dtype)
-        out = self._step(tokens, features, places.expand(len(tokens), -1), mask)
-        self.cache.length = start + (new if count is None else count)
-        last = slice(-1, None) if count is None else count - 1
-        self._last = FSPADDraftOutput(out.logit_features[:, last], out.features[:, last])
+            visible = columns <= steps[:, None] + start
+            if batched:  # between what a text has and its new pairs there may be columns of longer texts
+                visible = visible & ((columns < lengths) | (columns >= start))[:, None]
+            mask = additive_mask(visible, self.draft.dtype)
+        out = self._step(tokens, features, places, mask)
+        if isinstance(counts, torch.Tensor):
+            self.cache.length, last = start + counts, counts - 1
+            self._last = FSPADDraftOutput(out.logit_features[:, last], out.features[:, last])
+            return out
+        counts = counts or [new] * texts
+        self.cache.keep([list(range(count)) for count in counts])
+        each, last = slice(None), new - 1
+        if batched:
+            each, last = torch.arange(texts, device=device), torch.tensor(counts, device=device) - 1
+        self._last = FSPADDraftOutput(out.logit_features[each, last][:, None], out.features[each, last][:, None])
         return out
 
-    def grow(self, root: torch.LongTensor, shape: TreeShape) -> CandidateTree:
-        """
-        Grows a tree of at most `shape.depth` levels below `root` (`[1, 1]`) and keeps its best nodes.
+    def select(self, texts: list[int]) -> None:
+        """Goes on with these of the texts."""
+        self.cache.select(texts)
+        if self._last is not None:
+            self._last = FSPADDraftOutput(self._last.logit_features[texts], self._last.features[texts])
 
-        Level 1 is the root's top k children. Of each level the k best nodes are expanded by one batched draft step,
-        k children each; at the end the best of all nodes by cumulative log-confidence are kept.
+    def grow(self, roots: torch.LongTensor, shape: TreeShape, sequences: Sequence[int] = (0,)) -> CandidateTree:
+        """
+        Grows trees of at most `shape.depth` levels below `roots` (`[texts, 1]`) and keeps their best nodes.
+
+        Level 1 is a root's top k children. Of each level the k best nodes are expanded by one batched draft step, k
+        children each; at the end the best of all nodes by cumulative log-confidence are kept.
+
+        Args:
+            sequences: the numbers of the texts in the batch, by which their noise is found.
         """
         if shape.depth < 1:
-            return CandidateTree.root(root)
-        rows = self.noise.peek(shape.depth) if self.noise is not None else None  # [depth, V]
-        return self.grow_padded(root.to(self.draft.device), shape, rows).trimmed()
+            return CandidateTree.root(roots)
+        noise = self.noise.peek(shape.depth, sequences) if self.noise is not None else None
+        return self.grow_padded(roots.to(self.draft.device), shape, noise).trimmed()
 
-    def grow_padded(self, root: torch.LongTensor, shape: TreeShape, rows: torch.Tensor | None) -> CandidateTree:
+    def grow_padded(self, roots: torch.LongTensor, shape: TreeShape, noise: torch.Tensor | None) -> CandidateTree:
         """
         [`~Drafter.grow`] without a look at any value, so that a graph can hold it: where there are fewer nodes than
         `shape` wants, the rest is padding.
 
         Args:
-            rows (`[depth, V]`): the noise of the coming draws; `None` drafts uncoupled.
+            noise (`[depth, texts, V]`): of the coming draws; `None` drafts uncoupled.
         """
-        at = torch.zeros(1, 1, dtype=torch.long, device=self.draft.device) + (self.cache.length - 1)
-        return self.grow_at(self._last, at, shape, None if rows is None else rows[:, None]).best(root)
+        if len(self.cache.lengths) > 1:
+            lengths = torch.tensor(self.cache.lengths, device=self.draft.device)[:, None]
+        else:
+            lengths = torch.zeros(1, 1, dtype=torch.long, device=self.draft.device) + self.cache.length
+        return self.grow_at(self._last, lengths - 1, shape, noise).best(roots)
 
     @torch.no_grad()
     def grow_at(
@@ -124,41 +153,41 @@ class Drafter:
         up to its root, and of the nodes their own ancestors.
 
         Args:
-            read: the draft's outputs of these pairs, `[rows, trees, hidden]`.
-            at (`[rows, trees]`): where these pairs are in the text that was accepted.
+            read: the draft's outputs of these pairs, `[texts, trees, hidden]`.
+            at (`[texts, trees]`): where these pairs are in the texts that were accepted.
             shape: of every tree; its depth is 1 or more.
-            noise (`[depth, rows * trees, V]`): of each tree's coming draws; `None` drafts uncoupled.
+            noise (`[depth, texts * trees, V]`): of each tree's coming draws; `None` drafts uncoupled.
         """
         depth, k, total, _ = shape
-        device, start, (rows, trees) = self.draft.device, self.cache.length, at.shape
-        each = torch.arange(rows * trees, device=device)[:, None]
+        device, start, (texts, trees) = self.draft.device, self.cache.length, at.shape
+        each = torch.arange(texts * trees, device=device)[:, None]
         scores, tokens = self._children(read.logit_features.flatten(0, 1)[:, None], k, noise, 0)
-        scores, tokens = scores[:, 0], tokens[:, 0]  # [rows * trees, k], as all of the frontier
+        scores, tokens = scores[:, 0], tokens[:, 0]  # [texts * trees, k], as all of the frontier
         features = read.features.flatten(0, 1)[:, None].expand(-1, k, -1)
-        nodes = torch.arange(1, k + 1, device=device).expand(rows * trees, k)
+        nodes = torch.arange(1, k + 1, device=device).expand(texts * trees, k)
         own, itself = (torch.eye(size, dtype=torch.bool, device=device) for size in (trees, k))
-        seen = itself.new_zeros(rows * trees, k, 0, k)  # which nodes of the levels above each of them sees
+        seen = itself.new_zeros(texts * trees, k, 0, k)  # which nodes of the levels above each of them sees
         levels, grown = [(tokens, torch.zeros_like(nodes), scores)], k
 
         for level in range(1, depth):
-            seen = torch.cat((seen, itself[:, None].expand(rows * trees, k, 1, k)), dim=2)
+            seen = torch.cat((seen, itself[:, None].expand(texts * trees, k, 1, k)), dim=2)
             self.cache.length = start + (level - 1) * trees * k  # append after the levels above
             columns = torch.arange(self.cache.width(trees * k), device=device)
             of_nodes = torch.arange(level * trees * k, device=device) + start
-            text = (columns <= at[..., None]).repeat_interleave(k, dim=1)  # [rows, trees * k, columns]
-            among = seen.view(rows, trees, k, level, 1, k) & own[:, None, None, :, None]
-            mask = text.index_copy_(2, of_nodes, among.view(rows, trees * k, -1))
+            text = (columns <= at[..., None]).repeat_interleave(k, dim=1)  # [texts, trees * k, columns]
+            among = seen.view(texts, trees, k, level, 1, k) & own[:, None, None, :, None]
+            mask = text.index_copy_(2, of_nodes, among.view(texts, trees * k, -1))
             out = self._step(
-                tokens.view(rows, -1), features.reshape(rows, trees * k, -1),
+                tokens.view(texts, -1), features.reshape(texts, trees * k, -1),
                 (at + level).repeat_interleave(k, dim=1), additive_mask(mask, self.draft.dtype),
             )  # fmt: skip
-            confidences, children = self._children(out.logit_features.view(rows * trees, k, -1), k, noise, level)
+            confidences, children = self._children(out.logit_features.view(texts * trees, k, -1), k, noise, level)
             below = (scores[..., None] + confidences).flatten(1)
             levels.append((children.flatten(1), nodes.repeat_interleave(k, dim=1), below))
             best = below.nan_to_num(nan=float("-inf"), neginf=float("-inf")).topk(k).indices
             parents = best // k
             scores, tokens, nodes = below.gather(1, best), children.flatten(1).gather(1, best), 1 + grown + best
-            features, seen = out.features.view(rows * trees, k, -1)[each, parents], seen[each, parents]
+            features, seen = out.features.view(texts * trees, k, -1)[each, parents], seen[each, parents]
             grown += k * k
         self.cache.length = start  # the trees' rows were made from drafted features: drop them
 

@@ -82,7 +82,7 @@ class GraphRounds(Rounds):
     def __init__(self, *args, pool: WorkspacePool, key: tuple, **kwargs):
         self.pool, self.key, self.workspace, self.plan = pool, key, None, None
         super().__init__(*args, **kwargs)
-        emitter, model = self.emitter, self.target.model
+        emitter, model = self.emitters[0], self.target.model
         static = all(type(p) in CAPTURABLE_WARPERS for p in emitter.logits_processor)
         self.can_walk = static and emitter.scores is None and emitter.raw_logits is None
         self.can_draft = all(type(warper) in CAPTURABLE_WARPERS for warper in self.drafter.warpers)
@@ -101,6 +101,10 @@ class GraphRounds(Rounds):
             found.arena.load(self.cache)
         self._use(found)
         return found.arena
+
+    @property
+    def emitter(self) -> TokenEmitter:
+        return self.emitters[0]
 
     def close(self):
         super().close()
@@ -126,7 +130,7 @@ class GraphRounds(Rounds):
         noise, settings = self.emitter.noise, self.drafter.settings
         rows = noise.peek(1 + max(shape.depth, shape.lookup)) if noise is not None else None
         if rows is not None:
-            self.workspace.noise[: len(rows)] = rows
+            self.workspace.noise[: len(rows)] = rows[:, 0]
         ahead = self.can_walk and (noise is None or rows is not None)
         sampled, warpers = noise is not None, settings_of(self.drafter.warpers)
         frozen = sampled, settings.coupling_kappa, settings.coupling_sharpness, warpers
@@ -138,31 +142,31 @@ class GraphRounds(Rounds):
         if self.plan is None:
             return super().accept()
         workspace, most = self.workspace, self.workspace.rows
-        features, tokens = self.all_unread()
+        features, tokens, _ = self.all_unread()
         early = max(tokens.shape[1] - most, 0)
         if early:
             self.drafter.accept(features[:, :early], tokens[:, :early])
         features, tokens = features[:, early:], tokens[:, early:]
         if features.data_ptr() != workspace.features.data_ptr():
             workspace.features[:, : features.shape[1]] = features
-        self.unread = [(features, tokens)]  # until the graph has read it
+        self.unread = [[(features, tokens)]]  # until the graph has read it
 
-    def grow(self, shape: TreeShape, chain: Sequence[int] = ()) -> CandidateTree:
+    def grow(self, shape: TreeShape, chains: Sequence[Sequence[int]] = ()) -> CandidateTree:
         plan, workspace = self.plan, self.workspace
         if plan is None:
-            return super().grow(shape, chain)
+            return super().grow(shape, chains)
         start = self.drafter.cache.length
-        tokens = self.unread[0][1][0].tolist() if shape.depth else self.emitter.emitted[-1:]
-        workspace.write_state(start, self.arena.length, self.position(), tokens, chain)
+        tokens = self.unread[0][0][1][0].tolist() if shape.depth else self.emitter.emitted[-1:]
+        workspace.write_state(start, self.arena.length, self.position(), tokens, chains[0] if chains else ())
         if not shape.depth and not shape.lookup:
             return workspace.root
         drafted = self._replayed("draft", self._draft, self.drafter.warpers, workspace.head_rows)
         if drafted is None:  # it could not be captured
             if shape.depth:
                 super().accept()
-            return super().grow(shape, chain)
+            return super().grow(shape, chains)
         if shape.depth:
-            self.unread = []
+            self.unread = [[]]
             self.drafter.cache.length = start + len(tokens)
         return drafted.outputs
 
@@ -190,18 +194,21 @@ class GraphRounds(Rounds):
             ahead = tuple(zip(plan.nodes, drawn[len(drawn) // 2 :], strict=False))
         return logits, features, ahead
 
-    def keep(self, path: list[int], features: torch.Tensor):
-        plan, workspace = self.plan, self.workspace
+    def keep(self, paths: list[list[int]], features: torch.Tensor):
+        plan, workspace, path = self.plan, self.workspace, paths[0]
         if plan is None:
-            return super().keep(path, features)
-        self.unread = [(self._own(older), tokens) for older, tokens in self.unread]  # plain steps before this one
+            return super().keep(paths, features)
+        self._own_unread()  # plain steps before this one
         if path != plan.nodes[: len(path)]:
             workspace.path[: plan.rows] = torch.tensor(path + [0] * (plan.rows - len(path)), device="cpu")
         if self._replayed("keep", lambda: self._keep(features)) is None:
             self.arena.gather(torch.tensor(path, device=workspace.path.device))
             workspace.features[:, : len(path)] = features[:, path]
         self.arena.length += len(path)
-        self.unread.append((workspace.features[:, : len(path)], self.last_tokens(len(path))))
+        self.unread[0].append((workspace.features[:, : len(path)], self.last_tokens(0, len(path))))
+
+    def _own_unread(self):
+        self.unread = [[(self._own(features), tokens) for features, tokens in self.unread[0]]]
 
     def _own(self, features: torch.Tensor) -> torch.Tensor:
         """A copy of what the next replay would overwrite."""
@@ -212,7 +219,8 @@ class GraphRounds(Rounds):
         if plan.shape.depth:
             self.drafter.accept(workspace.features, workspace.tokens, workspace.count)
             root = workspace.tokens[:, workspace.count - 1]
-            tree = self.drafter.grow_padded(root, plan.shape, workspace.noise if plan.noise else None)
+            noise = workspace.noise[: plan.shape.depth, None] if plan.noise else None
+            tree = self.drafter.grow_padded(root, plan.shape, noise)
         lookup = plan.shape.lookup
         return tree.grafted(workspace.chain[:lookup], workspace.chain_count) if lookup else tree
 
@@ -284,7 +292,7 @@ class GraphRounds(Rounds):
             found = self._workspace(self.arena.resized(capacity))
         found.arena.copy_from(small.arena)
         found.draft_cache.copy_from(small.draft_cache)
-        self.unread = [(self._own(features), tokens) for features, tokens in self.unread]
+        self._own_unread()
         self._use(found)
         self.arena = found.arena
         self.pool.put(small, self.target.model)
@@ -318,21 +326,21 @@ class GraphRounds(Rounds):
 def make_rounds(
     target: Target,
     drafter: Drafter,
-    emitter: TokenEmitter,
+    emitters: Sequence[TokenEmitter],
     cache: DynamicCache,
     features: torch.Tensor,
     *args,
 ) -> Rounds:
     """The rounds of a call: captured, if the settings want it and they can be."""
     draft = drafter.draft
-    if not drafter.settings.cuda_graphs:
-        return Rounds(target, drafter, emitter, cache, features, *args)
+    if not drafter.settings.cuda_graphs or len(emitters) > 1:
+        return Rounds(target, drafter, emitters, cache, features, *args)
     reason = why_no_graphs(target, draft, features.dtype)
     if reason is not None:
         logger.warning_once(f"The rounds of {type(target.model).__name__} run without CUDA graphs: {reason}")
-        return Rounds(target, drafter, emitter, cache, features, *args)
+        return Rounds(target, drafter, emitters, cache, features, *args)
     pool, key = WorkspacePool.of(draft), pair_key(target.model, draft)
-    return GraphRounds(target, drafter, emitter, cache, features, *args, pool=pool, key=key)
+    return GraphRounds(target, drafter, emitters, cache, features, *args, pool=pool, key=key)
 
 
 def _longest(settings) -> int:

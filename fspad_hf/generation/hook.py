@@ -4,7 +4,7 @@ import functools
 import os
 
 import torch
-from transformers import GenerationMixin, PreTrainedModel, pipelines
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, pipelines
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import logging
@@ -17,6 +17,7 @@ from .decoding import FSPADGenerateOutput, tree_decoding
 from .probe import probe
 from .remembered import Remembered
 from .target import is_compiled
+from .verification import default_generator
 
 logger = logging.get_logger(__name__)
 
@@ -27,6 +28,16 @@ KNOWN_MODEL_KWARGS = {
 }  # fmt: skip
 
 
+# What transformers has that looks at each sequence by itself, and remembers nothing.
+BY_ROW = {
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper", "RepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor", "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor",
+    "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor", "InfNanRemoveLogitsProcessor", "ExponentialDecayLengthPenalty",
+    "LogitNormalization", "SuppressTokensLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor",
+}  # fmt: skip
+CRITERIA_BY_ROW = {"EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria"}
 EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states")
 HOST_LOOP = ("_sample", "_update_model_kwargs_for_generation")  # what the tree loop stands in for
 
@@ -124,7 +135,10 @@ def _wrap_decoding(original):
                 assistant_model=assistant_model, assistant_tokenizer=assistant_tokenizer, tokenizer=tokenizer,
                 **model_kwargs,
             )  # fmt: skip
-        reason = why_not(self, assistant_model, input_ids, generation_config, model_kwargs, synced_gpus)
+        reason = why_not(
+            self, assistant_model, input_ids, generation_config, model_kwargs, synced_gpus, logits_processor,
+            stopping_criteria,
+        )  # fmt: skip
         if reason is None:
             return tree_decoding(self, assistant_model, *arguments, streamer=streamer, **model_kwargs)
         logger.warning_once(
@@ -197,6 +211,8 @@ def why_not(
     generation_config,
     model_kwargs: dict,
     synced_gpus: bool = False,
+    logits_processor: LogitsProcessorList = (),
+    stopping_criteria: StoppingCriteriaList = (),
 ) -> str | None:
     """The reason why this call cannot be speculated, or `None`; completes "... because"."""
     cache = model_kwargs.get(CACHE)
@@ -212,8 +228,6 @@ def why_not(
     kinds = sorted({type(x).__name__ for x in layers if type(x) not in (DynamicLayer, DynamicSlidingWindowLayer)})
     rules = {
         "it is an encoder-decoder model": model.config.is_encoder_decoder,
-        "num_return_sequences is above 1": (generation_config.num_return_sequences or 1) > 1,
-        f"the batch has {input_ids.shape[0]} rows (one is supported)": input_ids.shape[0] != 1,
         "the prompt is empty": input_ids.shape[1] == 0,
         "use_cache is off": not model_kwargs.get("use_cache", True),
         "synced_gpus is on": synced_gpus,
@@ -238,10 +252,34 @@ def why_not(
         and cache.get_seq_length() >= input_ids.shape[1],
         "of the shape of position_ids": positions is not None and positions.dim() != 2,
         "of the shape of attention_mask": mask is not None and mask.shape != input_ids.shape,
-        "the prompt is nothing but padding": mask is not None and not mask.any(),
+        "a prompt is nothing but padding": mask is not None and not mask.any(1).all(),
     }
+    if len(input_ids) > 1:
+        rules |= _rules_of_batches(input_ids, generation_config, logits_processor, stopping_criteria)
     reason = next((reason for reason, holds in rules.items() if holds), None)
     return reason or probe(model).reason
+
+
+def _rules_of_batches(input_ids: torch.LongTensor, generation_config, processors, criteria) -> dict[str, bool]:
+    """What holds for several sequences: one may be ahead of another, so nothing may look at two of them at once."""
+    foreign = sorted({type(one).__name__ for one in processors if not _is_among(BY_ROW, one)})
+    strange = sorted({type(one).__name__ for one in criteria if not _is_among(CRITERIA_BY_ROW, one)})
+    ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    early = sorted({type(c).__name__ for c in criteria} - {"MaxLengthCriteria", "EosTokenCriteria"})
+    wanted = generation_config.return_dict_in_generate
+    return {
+        f"of {', '.join(foreign)} in a batch": bool(foreign),
+        f"of {', '.join(strange)} in a batch": bool(strange),
+        f"of {', '.join(early)} without an EOS token in a batch": bool(early) and not ends,
+        "output_scores or output_logits was asked for, of a batch": wanted
+        and bool(generation_config.output_scores or generation_config.output_logits),
+        f"a batch is sampled on {input_ids.device.type}": generation_config.do_sample
+        and default_generator(input_ids.device) is None,
+    }
+
+
+def _is_among(names: set[str], one) -> bool:
+    return type(one).__name__ in names and type(one).__module__.startswith("transformers.")
 
 
 def _turns_longrope(model: PreTrainedModel, input_ids: torch.LongTensor, generation_config) -> bool:

@@ -96,7 +96,7 @@ class Target:
         Args:
             cache: holds the `length` tokens before the root; the nodes' rows are appended.
             prefix (`[batch, length]`): False on padding; `[batch, capacity]` where the cache has a fixed shape.
-            position: the root's position id.
+            position: the root's position id; of a batch, `[batch, 1]`.
 
         Returns:
             logits (`[batch, nodes, vocabulary]`) and features (`[batch, nodes, hidden]`).
@@ -163,7 +163,10 @@ class Target:
             self._windows = attention_windows(self.text_config)
         dtype = next(layer.keys.dtype for layer in cache.layers if layer.is_initialized)
         length = cache.length if cache.is_fixed else None
-        masks = {kind: tree.attention_mask(prefix, dtype, window, length) for kind, window in self._windows.items()}
+        lengths = None if len(cache.lengths) == 1 else prefix.new_tensor(cache.lengths, dtype=torch.long)[:, None]
+        masks = {
+            kind: tree.attention_mask(prefix, dtype, window, length, lengths) for kind, window in self._windows.items()
+        }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 

@@ -4,6 +4,7 @@ Shapes carry a batch dimension throughout. Node 0 is the root, the last token em
 children.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -90,11 +91,46 @@ class CandidateTree:
         scores = None if self.scores is None else self.scores.clone()
         return CandidateTree(self.tokens.clone(), self.parents.clone(), self.depths.clone(), scores)
 
+    def of(self, row: int) -> "CandidateTree":
+        """One of the trees, as a batch of one."""
+        parts = (self.tokens, self.parents, self.depths)
+        scores = None if self.scores is None else self.scores[row : row + 1]
+        return CandidateTree(*(part[row : row + 1] for part in parts), scores)
+
+    @classmethod
+    def stacked(cls, trees: Sequence["CandidateTree"]) -> "CandidateTree":
+        """One batch of these, each of one sequence, with padding behind the smaller ones."""
+        if len(trees) == 1:
+            return trees[0]
+        nodes = max(len(tree) for tree in trees)
+
+        def padded(part: torch.Tensor, value: float = 0) -> torch.Tensor:
+            return functional.pad(part, (0, nodes - part.shape[1]), value=value)
+
+        numbers = torch.arange(nodes, device=trees[0].tokens.device)[None]
+        scored = any(tree.scores is not None for tree in trees)
+        none = float("-inf")
+        return cls(
+            torch.cat([padded(tree.tokens) for tree in trees]),
+            torch.cat([torch.cat((tree.parents, numbers[:, len(tree) :]), dim=1) for tree in trees]),
+            torch.cat([padded(tree.depths) for tree in trees]),
+            torch.cat([
+                padded(functional.pad(tree.scores.new_zeros(1, 1), (0, len(tree) - 1), value=none)
+                       if tree.scores is None else tree.scores, none)
+                for tree in trees
+            ]) if scored else None,
+        )  # fmt: skip
+
     def trimmed(self) -> "CandidateTree":
-        """Without the padding; of one sequence."""
-        kept = ~self.is_padding()[0]
+        """Without the padding; in a batch, without that which is behind all trees."""
+        kept = ~self.is_padding()
         if kept.all():
             return self
+        if len(kept) > 1:
+            nodes = int(kept.any(0).nonzero().max()) + 1
+            scores = None if self.scores is None else self.scores[:, :nodes]
+            return CandidateTree(self.tokens[:, :nodes], self.parents[:, :nodes], self.depths[:, :nodes], scores)
+        kept = kept[0]
         renumbered = kept.cumsum(0) - 1
         scores = None if self.scores is None else self.scores[:, kept]
         return CandidateTree(self.tokens[:, kept], renumbered[self.parents[:, kept]], self.depths[:, kept], scores)
@@ -148,6 +184,7 @@ class CandidateTree:
         dtype: torch.dtype,
         window: int | None = None,
         length: torch.LongTensor | None = None,
+        roots: torch.LongTensor | None = None,
     ) -> torch.Tensor:
         """
         The float mask of one verification forward, `[batch, 1, nodes, columns]`: 0 where a node may look, the dtype's
@@ -157,6 +194,7 @@ class CandidateTree:
             prefix (`[batch, length]`): False on padding. The nodes' columns come after these.
             window: sliding window in positions; keys this far back or further are hidden.
             length (`[1]`): with it `prefix` is `[batch, columns]`, of which `length` count and the nodes' follow.
+            roots (`[batch, 1]`): where in its sequence each root is; `None` is right after the prefix.
         """
         nodes, device = len(self), prefix.device
         if length is None:
@@ -165,7 +203,7 @@ class CandidateTree:
         slots = torch.arange(nodes, device=device) + length
         visible = (prefix & (columns < length))[:, None].repeat(1, nodes, 1).index_copy_(2, slots, self.ancestors())
         if window is not None:
-            places = length + self.depths  # in the sequence, not the arena
+            places = (length if roots is None else roots) + self.depths  # in the sequence, not the arena
             keys = columns.repeat(len(prefix), 1).index_copy_(1, slots, places)
             visible &= places[:, :, None] - keys[:, None] < window
         mask = torch.zeros(visible.shape, dtype=dtype, device=device)

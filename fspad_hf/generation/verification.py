@@ -4,6 +4,7 @@ Legend: p the target's processed distribution, E a row of Exp(1) noise. `torch.m
 E drawn from the same generator, so drawing the rows ahead and dividing later gives the very same tokens.
 """
 
+import copy
 from collections import deque
 from collections.abc import Sequence
 
@@ -18,76 +19,105 @@ PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)  # functions of the last 
 
 class NoiseQueue:
     """
-    The Exp(1) rows of the coming draws, drawn ahead while the generator itself stays where plain sampling has it.
+    The Exp(1) noise of the coming draws, drawn ahead while the generator itself stays where plain sampling has it.
+
+    Plain sampling draws a block `[sequences, V]` a step. A sequence that is ahead of the others takes its row of a
+    later block; the generator goes on with the one that is furthest behind.
 
     Between calls the device's generator always stands after the last token drawn, so whatever other code does with it
     (a processor that draws, a streamer that reseeds, an exception) meets the state it would meet in plain sampling. If
-    the state is not the one left behind, the queue is dropped and draws go straight to `torch.multinomial`.
+    the state is not the one left behind, the queue is dropped and draws go straight to `torch.multinomial`. In a batch
+    no code of the user's is met on the way, so there it is another thread's doing and changes nothing.
 
     Args:
         device: where tokens are drawn (that of `input_ids`).
         vocab_size: length V of a row.
+        sequences: of the batch.
     """
 
-    def __init__(self, device: torch.device, vocab_size: int):
-        self.device, self.vocab_size = device, vocab_size
+    def __init__(self, device: torch.device, vocab_size: int, sequences: int = 1):
+        self.device, self.shape = device, (sequences, vocab_size)
         self.generator = default_generator(device)
         self.coupled = self.generator is not None
-        self._rows: deque[tuple[torch.Tensor, torch.Tensor]] = deque()  # (row [1, V], generator state after it)
+        self._steps = dict.fromkeys(range(sequences), 0)  # of each sequence not ended: the number of its next block
+        self._first, self._most = 0, 0  # the number of the first block held; where the longest sequence has ended
+        self._blocks: deque[tuple[torch.Tensor, torch.Tensor]] = deque()  # (block, generator state after it)
         self._here = self.generator.get_state() if self.coupled else None
 
-    def peek(self, count: int) -> torch.Tensor | None:
-        """The rows of the next `count` draws, `[count, V]`; `None` once the queue is off."""
+    def peek(self, count: int, sequences: Sequence[int] = (0,)) -> torch.Tensor | None:
+        """The noise of the next `count` draws of these, `[count, sequences, V]`; `None` once the queue is off."""
         if not self._in_step():
             return None
-        if len(self._rows) < count:
-            self.generator.set_state(self._rows[-1][1] if self._rows else self._here)
-            try:
-                while len(self._rows) < count:
-                    # One call a row: on CUDA a [count, V] call numbers the philox subsequences differently.
-                    row = torch.empty(1, self.vocab_size, dtype=torch.float32, device=self.device).exponential_()
-                    self._rows.append((row, self.generator.get_state()))
-            finally:
-                if self._rows and torch.equal(self.generator.get_state(), self._rows[-1][1]):
-                    self.generator.set_state(self._here)
-                else:  # another thread drew meanwhile: its draws stand
-                    self._turn_off()
-            if not self.coupled:
-                return None
-        return torch.cat([self._rows[i][0] for i in range(count)])
+        firsts = [self._steps.get(sequence, self._first) - self._first for sequence in sequences]
+        more = max(firsts) + count - len(self._blocks)
+        if more > 0 and not self._draw_ahead(more):
+            return None
+        blocks = [block for block, _ in self._blocks]
+        taken = [
+            torch.stack([block[sequence] for block in blocks[first : first + count]])
+            for sequence, first in zip(sequences, firsts, strict=True)
+        ]
+        return torch.stack(taken, dim=1)
 
-    def draw(self, probabilities: torch.Tensor) -> torch.LongTensor:
+    def _draw_ahead(self, more: int) -> bool:
+        """So many blocks more; whether that was possible."""
+        self.generator.set_state(self._blocks[-1][1] if self._blocks else self._here)
+        try:
+            for _ in range(more):
+                # One call a block: on CUDA a larger one numbers the philox subsequences differently.
+                block = torch.empty(self.shape, dtype=torch.float32, device=self.device).exponential_()
+                self._blocks.append((block, self.generator.get_state()))
+        finally:
+            if self._blocks and torch.equal(self.generator.get_state(), self._blocks[-1][1]):
+                self.generator.set_state(self._here)
+            else:  # another thread drew meanwhile: its draws stand
+                self._turn_off()
+        return self.coupled
+
+    def draw(self, probabilities: torch.Tensor, sequence: int = 0) -> torch.LongTensor:
         """`torch.multinomial(probabilities, 1)[:, 0]`, tokens and generator alike; `[1, V]` in, `[1]` out."""
-        ready = self._in_step() and self._rows
-        if not ready or not _is_like(probabilities, self._rows[0][0]) or not _is_distribution(probabilities):
-            self._rows.clear()  # multinomial draws, or raises, as plain sampling does
+        alone, sound = self.shape[0] == 1, _is_distribution(probabilities)
+        rows = self.peek(1, (sequence,)) if not alone or (self._in_step() and self._blocks) else None
+        if rows is None or not _is_like(probabilities, rows[0]) or not sound:
+            self._blocks.clear()  # multinomial draws, or raises, as plain sampling does
             token = torch.multinomial(probabilities, num_samples=1).squeeze(1)
             if self.coupled:
                 self._here = self.generator.get_state()
             return token
-        row = self._rows[0][0]
-        self.skip()
-        return race(probabilities, row)
+        self.skip(sequence)
+        return race(probabilities, rows[0])
 
-    def skip(self):
-        """The next draw has been made already, from the row that [`~NoiseQueue.peek`] gave for it."""
-        _, after = self._rows.popleft()
-        self.generator.set_state(after)
-        self._here = after
+    def skip(self, sequence: int = 0):
+        """The next draw has been made already, with the noise that [`~NoiseQueue.peek`] gave for it."""
+        self._steps[sequence] += 1
+        self._follow()
 
-    def is_ahead(self) -> bool:
-        """Whether the row of the next draw is known and still the one that plain sampling would meet."""
-        return self._in_step() and bool(self._rows)
+    def end(self, sequence: int):
+        """No more draws of this one. Once all have ended the generator stands after the longest one's."""
+        self._most = max(self._most, self._steps.pop(sequence))
+        self._follow()
+
+    def _follow(self):
+        behind = min(self._steps.values(), default=self._most)
+        while self._first < behind and self._blocks:
+            _, self._here = self._blocks.popleft()
+            self.generator.set_state(self._here)
+            self._first += 1
+
+    def is_ahead(self, sequence: int = 0) -> bool:
+        """Whether the noise of the next draw is known and still that which plain sampling would meet."""
+        return self._in_step() and len(self._blocks) > self._steps[sequence] - self._first
 
     def _in_step(self) -> bool:
-        if self.coupled and not torch.equal(self.generator.get_state(), self._here):
+        if self.coupled and self.shape[0] == 1 and not torch.equal(self.generator.get_state(), self._here):
             self._turn_off()
         return self.coupled
 
     def _turn_off(self):
         """Someone else drew, and may again: no more guessing ahead."""
-        self.coupled = False
-        self._rows.clear()
+        if self.shape[0] == 1:
+            self.coupled = False
+            self._blocks.clear()
 
 
 def race(probabilities: torch.Tensor, row: torch.Tensor) -> torch.LongTensor:
@@ -125,14 +155,31 @@ def is_plain(value) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
 
 
+def processors_of(processors: LogitsProcessorList, sequence: int, batch: int) -> LogitsProcessorList:
+    """What processes the logits of one sequence of a batch alone: the same, less what they know of the others."""
+    if batch == 1:
+        return processors
+
+    def own(processor):
+        ignored = getattr(processor, "prompt_ignore_length", None)  # of a repetition penalty: each row's padding
+        if not isinstance(ignored, torch.Tensor):
+            return processor
+        mine = copy.copy(processor)
+        mine.prompt_ignore_length = ignored[sequence : sequence + 1]
+        return mine
+
+    return LogitsProcessorList([own(processor) for processor in processors])
+
+
 class TokenEmitter:
     """
-    Everything plain decoding does for one token, once per token and in its order: processors on the true prefix,
-    scores and logits, the draw, stopping criteria, streamer. Mirrors `GenerationMixin._sample`.
+    Everything plain decoding does for one token of one sequence, once per token and in its order: processors on the
+    true prefix, scores and logits, the draw, stopping criteria, streamer. Mirrors `GenerationMixin._sample`.
 
     Args:
         input_ids (`[1, prompt]`): grows by each token emitted.
         noise: where draws come from; `None` is greedy.
+        sequence: its number in the batch.
 
     `emitted` are the tokens so far, on the host; `ends` are those after which nothing is emitted.
     """
@@ -145,7 +192,9 @@ class TokenEmitter:
         generation_config,
         streamer=None,
         noise: NoiseQueue | None = None,
+        sequence: int = 0,
     ):
+        self.sequence = sequence
         self._ids, self.length = input_ids, input_ids.shape[1]
         self.emitted: list[int] = []
         self.settings: tuple | None = None  # of the processors when tokens were drawn beforehand; `None` is unwatched
@@ -185,7 +234,7 @@ class TokenEmitter:
         if self.raw_logits is not None:
             self.raw_logits += (logits,)
         if self.noise is not None:
-            token = self.noise.draw(torch.nn.functional.softmax(scores, dim=-1))
+            token = self.noise.draw(torch.nn.functional.softmax(scores, dim=-1), self.sequence)
         else:
             token = torch.argmax(scores, dim=-1)
         self._ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
@@ -194,14 +243,14 @@ class TokenEmitter:
     def take(self, token: int) -> int:
         """Emits a token that was drawn beforehand, by [`walk_ahead`]."""
         if self.noise is not None:
-            self.noise.skip()
+            self.noise.skip(self.sequence)
         return self._emitted(token)
 
     def can_take(self) -> bool:
         """Whether such a token is still the one that plain decoding would draw."""
         if self.settings is not None and self.settings != settings_of(self.logits_processor):
             return False
-        return self.noise is None or self.noise.is_ahead()
+        return self.noise is None or self.noise.is_ahead(self.sequence)
 
     def _emitted(self, token: int) -> int:
         self.emitted.append(token)
@@ -209,6 +258,8 @@ class TokenEmitter:
         # Plain criteria look at the length and the last token alone: no need to wait for the device.
         ids = torch.tensor([[token]], device="cpu").expand(1, self.length) if self.plain_criteria else self.input_ids
         self.finished = bool(self.stopping_criteria(ids, self.scores).all())
+        if self.finished and self.noise is not None:
+            self.noise.end(self.sequence)
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token], device="cpu"))
         if not self.plain_criteria:  # the user's may have written another token there, which the model then reads

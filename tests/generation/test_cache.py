@@ -22,7 +22,7 @@ def test_a_scattered_path_is_compacted_in_every_layer(shapes):
     for index, (keys, values) in enumerate(rows):
         seen_keys, seen_values = arena.update(keys, values, index)
         assert seen_keys.shape[-2] == seen_values.shape[-2] == 9
-    arena.keep([0, 2, 3])
+    arena.keep([[0, 2, 3]])
     assert arena.get_seq_length() == 8
     for index, (keys, values) in enumerate(rows):
         layer, before = arena.layers[index], cache.layers[index]
@@ -37,7 +37,7 @@ def test_growth_keeps_the_contents_of_layers_not_yet_written():
     new = torch.randn(1, 2, 2 * GROWTH, 4)
     arena.update(new, new, 0)
     arena.update(new, new, 1)
-    arena.keep([1, 5])
+    arena.keep([[1, 5]])
     for index in range(2):
         expected = torch.cat((cache.layers[index].keys, new[..., [1, 5], :]), -2)
         torch.testing.assert_close(arena.layers[index].keys[..., :GROWTH, :], expected)
@@ -52,7 +52,7 @@ def test_written_back_into_the_hosts_own_sliding_cache():
     new = torch.randn(1, 2, 4, 8)
     for index in range(2):
         arena.update(new, new, index)
-    arena.keep([0, 3])
+    arena.keep([[0, 3]])
     arena.append_to(cache)
     for index, kept in ((0, 11), (1, 5)):  # a window of 6 keeps 5
         assert cache.layers[index].get_seq_length() == 11

@@ -173,7 +173,7 @@ def test_a_criterion_that_writes_another_token(model, prompt, oracle, captured, 
         )  # fmt: skip
         found.append(out.sequences)
         if assistant is None:
-            oracle(out.sequences[0].tolist(), 0.9, 64)
+            oracle(out.sequences.tolist(), 0.9, 64)
     assert found[0].equal(found[1]) and out.speculation.tau > 1.05
 
 

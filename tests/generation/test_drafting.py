@@ -38,7 +38,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, voc
     noise = NoiseQueue(torch.device("cpu"), 64) if kappa else None
     generator, features = prepared(llama, draft, prompt, noise)
     tree = generator.grow(prompt[:, -1:], TreeShape.of(draft.speculation_settings()))
-    rows = noise.peek(depth) if kappa else None
+    rows = noise.peek(depth)[:, 0] if kappa else None
 
     def expand(path):
         """The draft over the true pairs and then its own features: log-confidences of the node's children."""
@@ -111,7 +111,7 @@ def test_a_batch_is_its_rows_side_by_side(llama, coupled):
     for row in range(3):
         alone = Drafter(draft, Target(llama))
         alone.accept(features[row : row + 1, :-1], ids[row : row + 1, 1:])
-        expected = alone.grow_padded(ids[row : row + 1, -1:], shape, noise[:, row] if coupled else None)
+        expected = alone.grow_padded(ids[row : row + 1, -1:], shape, noise[:, [row]] if coupled else None)
         for part in ("tokens", "parents", "depths"):
             assert getattr(trees, part)[row].tolist() == getattr(expected, part)[0].tolist(), (row, part)
         torch.testing.assert_close(trees.scores[row], expected.scores[0], atol=1e-4, rtol=1e-4)

@@ -368,7 +368,7 @@ def test_a_step_copies_nothing_between_host_and_device(name, lookup):
     emitter.plain_criteria, emitter.ends = True, ()
     emitter.logits_processor = warpers
     prompt = torch.ones(1, 7, dtype=torch.bool)
-    rounds = GraphRounds(target, generator, emitter, cache, features, prompt, 0, pool=WorkspacePool(), key=())
+    rounds = GraphRounds(target, generator, [emitter], cache, features, prompt, [0], pool=WorkspacePool(), key=())
     rounds.plan = Plan(TreeShape.of(draft.speculation_settings()), noise=True, ahead=True)
     generator.accept(features, ids)
     with target.listening(), NothingFromTheHost(), torch.no_grad():

@@ -168,7 +168,7 @@ def test_what_a_call_says_to_stock_assistants(llama, prompt, oracle, monkeypatch
     monkeypatch.setattr(decoding.logger, "warning_once", seen.append)
     kwargs = {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0, "return_dict_in_generate": True}
     plain = llama.generate(prompt, **kwargs).sequences
-    oracle(plain[0].tolist(), 1.0, 64)
+    oracle(plain.tolist(), 1.0, 64)
     draft = fresh_draft(llama)
     deep = llama.generate(prompt, assistant_model=draft, **kwargs)
     assert max(deep.speculation.accepted_lengths) == 7 and not seen

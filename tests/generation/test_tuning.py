@@ -69,7 +69,7 @@ def test_it_speculates_where_that_pays_and_only_there(llama, auto, oracle, promp
     for accuracy in (0.0, 0.95):
         again = []
         for _ in range(2):
-            oracle(reference, accuracy, 64)
+            oracle([reference], accuracy, 64)
             sizes.clear()
             output = llama.generate(
                 prompt, assistant_model=auto, max_new_tokens=230, min_new_tokens=230, return_dict_in_generate=True

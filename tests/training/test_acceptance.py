@@ -121,7 +121,7 @@ def test_trees_side_by_side_are_those_of_decoding(llama, coupled):
     rows = torch.stack([noise[level : level + 9] for level in range(4)]) if coupled else None
     grown = many.grow_at(read, torch.tensor([list(places)]), shape, rows)
     for number, place in enumerate(places):
-        peek = SimpleNamespace(peek=lambda count, first=number: noise[first : first + count])
+        peek = SimpleNamespace(peek=lambda count, _, first=number: noise[first : first + count, None])
         one = Drafter(draft, Target(llama), noise=peek if coupled else None)
         one.accept(features[:, : place + 1], ids[:, 1 : place + 2])
         expected, made = one.grow(ids[:, [place + 1]], shape), grown.best(ids[:, [place + 1]], number).trimmed()

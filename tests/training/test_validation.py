@@ -77,7 +77,7 @@ class OraclesTrees:
 
     def best(self, root, number, total):
         before = SimpleNamespace(cache=SimpleNamespace(length=self.places[number] + 1))
-        return self.oracle.grow(before, torch.tensor(root), self.depth)
+        return self.oracle.grow(before, root, self.depth)
 
 
 def test_a_draft_that_knows_the_text_is_accepted_to_the_full_depth(llama, rows, monkeypatch):

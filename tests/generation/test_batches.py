@@ -1,0 +1,227 @@
+"""Several sequences at once: as plain batched `generate`, token for token, and the generator at the end as well."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from fspad_hf.host import CACHE
+
+from .. import tiny
+from ..conftest import fresh_draft
+
+SETTINGS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 1.3, "top_k": 0},
+    "penalty": {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2},
+}
+ROW_WISE = {
+    "min_p": {"do_sample": True, "min_p": 0.02},
+    "typical_p": {"do_sample": True, "typical_p": 0.9},
+    "epsilon_cutoff": {"do_sample": True, "epsilon_cutoff": 0.01},
+    "eta_cutoff": {"do_sample": True, "eta_cutoff": 0.01},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 2},
+    "min_length": {"min_length": 24, "eos_token_id": [5, 9, 12]},
+    "min_new_tokens": {"min_new_tokens": 9, "eos_token_id": [5, 9, 12]},
+    "sequence_bias": {"sequence_bias": [[[7], 4.0], [[9, 11], -5.0]]},
+    "bad_words_ids": {"bad_words_ids": [[7], [9, 11]]},
+    "forced_bos_token_id": {"forced_bos_token_id": 6},
+    "forced_eos_token_id": {"forced_eos_token_id": 6},
+    "remove_invalid_values": {"remove_invalid_values": True},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (4, 1.1), "eos_token_id": [5]},
+    "renormalize_logits": {"do_sample": True, "renormalize_logits": True},
+    "suppress_tokens": {"suppress_tokens": [7, 9]},
+    "begin_suppress_tokens": {"begin_suppress_tokens": [7, 9]},
+}
+
+
+def ragged(lengths, seed=0):
+    """Left-padded prompts of these lengths."""
+    rows = torch.randint(3, 64, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(seed))
+    mask = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
+    return rows * mask, mask
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+@pytest.mark.parametrize("lengths", [(6, 9), (8, 3, 11), (5, 5, 9, 2, 7)], ids=len)
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_architectures(name, lengths, mode, same):
+    ids, mask = ragged(lengths)
+    same(tiny.build(name, "eager"), ids, attention_mask=mask, accuracies=(0.9,), **SETTINGS[mode])
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+def test_sequences_end_at_different_steps(llama, mode, same):
+    ids, mask = ragged((6, 2, 9, 4))
+    for eos in ([5, 9, 12, 30, 31, 32, 33], [7]):
+        arguments = {"attention_mask": mask, "eos_token_id": eos, "min_tau": None, **SETTINGS[mode]}
+        plain, fast = same(llama, ids, **arguments)
+        for row, record in enumerate(fast.speculation.sequences):
+            new = plain.sequences[row, ids.shape[1] :].tolist()
+            ended = next((i + 1 for i, token in enumerate(new) if token in eos), len(new))
+            assert sum(record.accepted_lengths) == ended - 1
+
+
+@pytest.mark.parametrize("name", ROW_WISE)
+def test_processors_that_look_at_one_sequence(name, llama, same):
+    ids, mask = ragged((6, 9, 4))
+    same(llama, ids, attention_mask=mask, min_tau=None, accuracies=(0.9,), **ROW_WISE[name])
+
+
+@pytest.mark.parametrize("mode", ["sampled", "penalty"])
+def test_return_sequences(llama, prompt, mode, same):
+    same(llama, prompt, num_return_sequences=3, **SETTINGS[mode])
+    ids, mask = ragged((6, 9))
+    same(
+        llama,
+        ids,
+        attention_mask=mask,
+        num_return_sequences=2,
+        eos_token_id=[5, 9, 12],
+        min_tau=None,
+        **SETTINGS[mode],
+    )
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+@pytest.mark.parametrize(
+    "overrides", [{}, {"tree_lookup_tokens": 6}, {"tree": "auto"}, {"draft_vocab_size": 40}], ids=str
+)
+def test_a_drafts_own_trees(llama, overrides, mode):
+    """Not an oracle's: with lookup, sizes chosen as it goes, and fewer ids; coupled drafting accepts more."""
+    draft = fresh_draft(llama, tree_depth=4, tree_top_k=4, tree_total_nodes=15, **overrides)
+    ids, mask = ragged((6, 9, 4))
+    for seed in range(4):
+        outcomes = []
+        for assistant in (None, draft):
+            torch.manual_seed(seed)
+            out = llama.generate(
+                ids, attention_mask=mask, assistant_model=assistant, max_new_tokens=40, eos_token_id=[5, 9],
+                pad_token_id=0, **SETTINGS[mode],
+            )  # fmt: skip
+            outcomes.append((out.tolist(), torch.get_rng_state().tolist()))
+        assert outcomes[0] == outcomes[1]
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=2, max_size=5), eos=st.sets(st.integers(3, 63), max_size=12),
+    depth=st.integers(1, 6), top_k=st.integers(1, 5), nodes=st.integers(1, 24), mode=st.sampled_from(list(SETTINGS)),
+    seed=st.integers(0, 99), new=st.integers(1, 30), wanted=st.booleans(),
+)  # fmt: skip
+def test_any_batch(lengths, eos, depth, top_k, nodes, mode, seed, new, wanted, llama):
+    ids, mask = ragged(lengths, seed)
+    draft = fresh_draft(llama, tree_depth=depth, tree_top_k=top_k, tree_total_nodes=nodes, tree_lookup_tokens=4)
+    outcomes = []
+    for assistant in (None, draft):
+        torch.manual_seed(seed)
+        out = llama.generate(
+            ids, attention_mask=mask, assistant_model=assistant, max_new_tokens=new, pad_token_id=0,
+            eos_token_id=sorted(eos) or None, return_dict_in_generate=wanted, **SETTINGS[mode],
+        )  # fmt: skip
+        tokens = out.sequences if wanted else out
+        outcomes.append((tokens.tolist(), torch.get_rng_state().tolist()))
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("given_one", [False, True])
+def test_the_cache_is_plain_decodings(name, given_one):
+    """Also behind a sequence that ended: a continuation gives the same tokens."""
+    model = tiny.build(name)
+    draft, (ids, mask) = fresh_draft(model), ragged((6, 9, 4))
+    caches = []
+    for assistant in (None, draft):
+        own = {CACHE: DynamicCache(config=model.config)} if given_one else {}
+        out = model.generate(
+            ids, attention_mask=mask, assistant_model=assistant, max_new_tokens=24, pad_token_id=0,
+            eos_token_id=[5, 9, 12, 13, 14], return_dict_in_generate=not given_one, **own,
+        )  # fmt: skip
+        caches.append(own[CACHE] if given_one else out[CACHE])
+    for plain, ours in zip(caches[0].layers, caches[1].layers, strict=True):
+        assert plain.keys.shape == ours.keys.shape
+        shown = mask[:, -plain.keys.shape[2] :] if plain.keys.shape[2] <= mask.shape[1] else mask
+        real = torch.ones(plain.keys.shape[:1] + plain.keys.shape[2:3], dtype=torch.bool)
+        if caches[0].get_seq_length() == plain.keys.shape[2]:
+            real[:, : shown.shape[1]] = shown.bool()
+        for theirs, mine in ((plain.keys, ours.keys), (plain.values, ours.values)):
+            difference = (theirs - mine).abs().amax((1, 3))
+            assert difference[real].max() < 1e-4
+
+
+def test_a_row_is_not_computed_once_it_has_ended(llama, monkeypatch):
+    from fspad_hf.generation.target import Target
+
+    rows, verify = [], Target.verify
+    monkeypatch.setattr(
+        Target, "verify", lambda self, tree, *args: rows.append(len(tree.tokens)) or verify(self, tree, *args)
+    )
+    ids, mask = ragged((6, 9, 4, 7))
+    plain = llama.generate(
+        ids, attention_mask=mask, max_new_tokens=30, eos_token_id=[5, 9, 12, 13, 14], pad_token_id=0
+    )
+    rows.clear()
+    out = llama.generate(
+        ids, attention_mask=mask, assistant_model=fresh_draft(llama), max_new_tokens=30,
+        eos_token_id=[5, 9, 12, 13, 14], pad_token_id=0,
+    )  # fmt: skip
+    assert out.tolist() == plain.tolist() and rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
+
+
+class Steps(BaseStreamer):
+    def __init__(self):
+        self.seen, self.ended = [], False
+
+    def put(self, value):
+        self.seen.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+def test_a_streamer_sees_all_sequences_step_by_step(llama):
+    ids, mask = ragged((6, 9, 4))
+    seen = []
+    for assistant in (None, fresh_draft(llama)):
+        streamer = Steps()
+        llama.generate(
+            ids, attention_mask=mask, assistant_model=assistant, max_new_tokens=20, eos_token_id=[5, 9, 12],
+            pad_token_id=0, streamer=streamer,
+        )  # fmt: skip
+        assert streamer.ended
+        seen.append(streamer.seen)
+    assert seen[0] == seen[1] and len(seen[0]) > 3
+
+
+class Nothing(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+class Never(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"logits_processor": [Nothing()]}, "Nothing in a batch"),
+        ({"stopping_criteria": [Never()]}, "Never in a batch"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"max_time": 60.0, "eos_token_id": None}, "MaxTimeCriteria without an EOS"),
+    ],
+)
+def test_what_looks_at_more_than_one_sequence_runs_plain(llama, arguments, why, monkeypatch):
+    from fspad_hf.generation import hook
+
+    said = []
+    monkeypatch.setattr(hook.logger, "warning_once", said.append)
+    ids, mask = ragged((6, 9))
+    kwargs = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": 0, **arguments}
+    plain = llama.generate(ids, **kwargs)
+    fast = llama.generate(ids, assistant_model=fresh_draft(llama), **kwargs)
+    plain, fast = (out if torch.is_tensor(out) else out.sequences for out in (plain, fast))
+    assert plain.tolist() == fast.tolist() and any(why in line for line in said)
