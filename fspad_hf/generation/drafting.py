@@ -89,8 +89,8 @@ class Drafter:
         lengths = torch.tensor(self.cache.lengths, device=device)[:, None] if batched else start
         steps = torch.arange(new, device=device)
         places, mask = (steps + lengths).expand(texts, -1), None
-        causal = new > 1 and (start or self.draft.config._attn_implementation != "sdpa")
-        if self.cache.is_fixed or causal or (batched and start):
+        causal = self.draft.config._attn_implementation == "sdpa"  # from the beginning on, without a mask
+        if self.cache.is_fixed or (start and (new > 1 or batched)) or (new > 1 and not causal):
             columns = torch.arange(self.cache.width(new), device=device)
             visible = columns <= steps[:, None] + start
             if batched:  # between what a text has and its new pairs there may be columns of longer texts

@@ -135,8 +135,10 @@ class Rounds:
 
     def drop_ended(self):
         """Goes on with the sequences that have not ended; unless all that was computed is to be given back."""
+        if self.cache_is_wanted:
+            return
         left = [row for row, emitter in enumerate(self.emitters) if not emitter.finished]
-        if self.cache_is_wanted or not left or len(left) == len(self.emitters):
+        if not left or len(left) == len(self.emitters):
             return
         self.is_whole = False
         self.arena.select(left)

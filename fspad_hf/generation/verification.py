@@ -76,16 +76,18 @@ class NoiseQueue:
 
     def draw(self, probabilities: torch.Tensor, sequence: int = 0) -> torch.LongTensor:
         """`torch.multinomial(probabilities, 1)[:, 0]`, tokens and generator alike; `[1, V]` in, `[1]` out."""
-        alone, sound = self.shape[0] == 1, _is_distribution(probabilities)
-        rows = self.peek(1, (sequence,)) if not alone or (self._in_step() and self._blocks) else None
-        if rows is None or not _is_like(probabilities, rows[0]) or not sound:
+        sound = _is_distribution(probabilities)
+        if self.shape[0] > 1 and self.coupled and not self.is_ahead(sequence):
+            self._draw_ahead(1)  # a walk goes on beyond what was drafted by one
+        row = self._blocks[self._steps[sequence] - self._first][0][[sequence]] if self.is_ahead(sequence) else None
+        if row is None or not _is_like(probabilities, row) or not sound:
             self._blocks.clear()  # multinomial draws, or raises, as plain sampling does
             token = torch.multinomial(probabilities, num_samples=1).squeeze(1)
             if self.coupled:
                 self._here = self.generator.get_state()
             return token
         self.skip(sequence)
-        return race(probabilities, rows[0])
+        return race(probabilities, row)
 
     def skip(self, sequence: int = 0):
         """The next draw has been made already, with the noise that [`~NoiseQueue.peek`] gave for it."""

@@ -392,4 +392,8 @@ def test_costs_are_those_of_replays(captured, prompt):
         fast = model.generate(prompt, assistant_model=draft, max_new_tokens=60, eos_token_id=None, pad_token_id=0)
         assert fast.tolist() == plain.tolist()
     assert not WorkspacePool.of(draft).refused and len(captured) > 4
-    assert costs_of(Target(model), draft, True).round(PLAIN) > 0 == costs_of(Target(model), draft, False).round(PLAIN)
+    assert (
+        costs_of(Target(model), draft, 1, True).round(PLAIN)
+        > 0
+        == costs_of(Target(model), draft, 1, False).round(PLAIN)
+    )

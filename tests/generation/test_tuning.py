@@ -259,11 +259,11 @@ def test_costs_are_interpolated_and_the_quickest_counts():
 def test_costs_are_learned_from_the_rounds_and_die_with_the_model(auto, prompt):
     model = tiny.build("llama")
     model.generate(prompt, assistant_model=auto, max_new_tokens=12)
-    known = costs_of(Target(model), auto, False)
+    known = costs_of(Target(model), auto, 1, False)
     assert known.round(PLAIN) > 0
     known.add_forward(1000, 7.0)
     model.generate(prompt, assistant_model=auto, max_new_tokens=2)
-    assert costs_of(Target(model), auto, False) is known and 1000 in known._verify  # gone on with
+    assert costs_of(Target(model), auto, 1, False) is known and 1000 in known._verify  # gone on with
     assert not [name for name in vars(model) if "fspad" in name]
     gone = weakref.ref(known)
     del known, model
