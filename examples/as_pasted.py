@@ -24,12 +24,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--draft", choices=["released", "random"], default="released")
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--api", choices=["generate", "pipeline"], default="generate")
     args = parser.parse_args(argv)
 
     name, dtype = str(demo_target()), resolve_dtype(args.dtype, "cpu")
     target = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
     if args.draft == "released":
         draft = FSPADDraftModel.from_pretrained(released_draft(), dtype=target.dtype)
     else:
@@ -37,27 +38,36 @@ def main(argv: list[str] | None = None) -> None:
     plain = pipeline("text-generation", target, tokenizer=tokenizer)
     fast = pipeline("text-generation", target, tokenizer=tokenizer, assistant_model=draft)
 
-    def answer(assisted: bool, chat: list[dict], options: dict) -> list[int]:
-        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    def answer(assisted: bool, chats: list[list[dict]], options: dict) -> list[list[int]]:
+        inputs = tokenizer.apply_chat_template(
+            chats, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+        )
         options = {**options, "max_new_tokens": args.max_new_tokens}
         if args.api == "pipeline":
-            ids = (fast if assisted else plain)(chat, return_tensors=True, **options)[0]["generated_token_ids"]
+            told = (fast if assisted else plain)(chats, return_tensors=True, batch_size=len(chats), **options)
+            ids = [one[0]["generated_token_ids"] for one in told]
         else:
-            ids = target.generate(**inputs, **options, assistant_model=draft if assisted else None)[0].tolist()
-        return ids[inputs["input_ids"].shape[1] :]
+            ids = target.generate(**inputs, **options, assistant_model=draft if assisted else None).tolist()
+        return [up_to_end(row[inputs["input_ids"].shape[1] :]) for row in ids]
+
+    def up_to_end(tokens: list[int]) -> list[int]:
+        end = tokenizer.eos_token_id
+        return tokens[: tokens.index(end) + 1] if end in tokens else tokens
 
     questions = read_questions(args.questions, args.per_task)
+    chats = [[{"role": "user", "content": question.turns[0]}] for question in questions]
+    batches = [chats[start : start + args.batch_size] for start in range(0, len(chats), args.batch_size)]
     for mode, options in MODES.items():
         seconds, tokens, same = [0.0, 0.0], [0, 0], 0
-        for number, question in enumerate(questions):
-            chat, answers = [{"role": "user", "content": question.turns[0]}], {}
+        for number, batch in enumerate(batches):
+            answers = {}
             for assisted in (False, True) if number % 2 else (True, False):
                 torch.manual_seed(number)
                 began = time.perf_counter()
-                answers[assisted] = answer(assisted, chat, options)
+                answers[assisted] = answer(assisted, batch, options)
                 seconds[assisted] += time.perf_counter() - began
-                tokens[assisted] += len(answers[assisted])
-            same += answers[False] == answers[True]
+                tokens[assisted] += sum(map(len, answers[assisted]))
+            same += sum(ours == theirs for ours, theirs in zip(answers[True], answers[False], strict=True))
         speed = [count / taken for count, taken in zip(tokens, seconds, strict=True)]
         print(
             f"{args.api}, {args.draft} draft, {args.dtype}, {mode}: plain {speed[0]:.1f} tok/s, ours {speed[1]:.1f} "

@@ -18,16 +18,20 @@ class RoundCosts:
     """
     Seconds of a forward of the target by its number of rows for each sequence, and of a level of the draft trees.
 
-    Between numbers of rows that have been seen costs are interpolated; more rows than were ever seen are taken to cost
-    no more, which a round will show.
+    The first forward of a number of rows does not count: it also pays for whatever is prepared for that shape. Between
+    numbers of rows that have been measured costs are interpolated; more rows than that are taken to cost no more,
+    which a round will show.
     """
 
     def __init__(self):
         self._verify: dict[int, list[float]] = {}
+        self._seen: set[int] = set()
         self._level: list[float] = []
 
     def add_forward(self, rows: int, seconds: float) -> None:
-        self._verify[rows] = [*self._verify.get(rows, []), seconds][-LATEST:]
+        if rows in self._seen:
+            self._verify[rows] = [*self._verify.get(rows, []), seconds][-LATEST:]
+        self._seen.add(rows)
 
     def add_draft(self, levels: int, seconds: float) -> None:
         self._level = [*self._level, seconds / levels][-LATEST:]

@@ -22,6 +22,7 @@ from ..conftest import fresh_draft
 def known_costs(forward: dict[int, float], level: float) -> RoundCosts:
     known = RoundCosts()
     for rows, seconds in forward.items():
+        known.add_forward(rows, 10 * seconds)  # the first of a size does not count
         known.add_forward(rows, seconds)
     known.add_draft(1, level)
     return known
@@ -247,7 +248,7 @@ def test_costs_are_interpolated_and_the_quickest_counts():
     assert made.round(TreeShape(3, 2, 4)) == pytest.approx(0.3 + 1.5)
     assert made.round(TreeShape(0, 0, 0, 8)) == 2.0
     assert made.round(TreeShape(1, 9, 200)) == pytest.approx(0.1 + 2.0)  # unseen: no dearer than what was seen
-    for seconds in (9.0, 4.0, 9.0):  # a machine that was busy
+    for seconds in (1.5, 9.0, 4.0, 9.0):  # the first does not count; then a machine that was busy
         made.add_forward(60, seconds)
     assert made.round(TreeShape(1, 9, 59)) == pytest.approx(0.1 + 4.0)
     for _ in range(LATEST):  # and that has changed since
@@ -261,7 +262,7 @@ def test_costs_are_learned_from_the_rounds_and_die_with_the_model(auto, prompt):
     model.generate(prompt, assistant_model=auto, max_new_tokens=12)
     known = costs_of(Target(model), auto, 1, False)
     assert known.round(PLAIN) > 0
-    known.add_forward(1000, 7.0)
+    known.add_forward(1000, 7.0), known.add_forward(1000, 7.0)
     model.generate(prompt, assistant_model=auto, max_new_tokens=2)
     assert costs_of(Target(model), auto, 1, False) is known and 1000 in known._verify  # gone on with
     assert not [name for name in vars(model) if "fspad" in name]
