@@ -1,10 +1,12 @@
 """Several sequences at once: as plain batched `generate`, token for token, and the generator at the end as well."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StoppingCriteria, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 from fspad_hf.host import CACHE
@@ -225,3 +227,39 @@ def test_what_looks_at_more_than_one_sequence_runs_plain(llama, arguments, why, 
     fast = llama.generate(ids, assistant_model=fresh_draft(llama), **kwargs)
     plain, fast = (out if torch.is_tensor(out) else out.sequences for out in (plain, fast))
     assert plain.tolist() == fast.tolist() and any(why in line for line in said)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_pipelines(llama, tokenizer, size):
+    texts, answers = ["hello there", "why", "general greetings to you", "who", "hello"], []
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = "left"
+    for draft in (None, fresh_draft(llama)):
+        pipe = pipeline("text-generation", llama, tokenizer=tokenizer, assistant_model=draft)
+        torch.manual_seed(5)
+        answers.append(pipe(texts, batch_size=size, do_sample=True, top_k=0, max_new_tokens=16, return_tensors=True))
+    assert answers[0] == answers[1]
+
+
+def test_draws_of_three_sequences_are_the_targets():
+    """Each token of each sequence as often as its probability says, on a model with twelve tokens."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**{**tiny.COMMON, "vocab_size": 12})).eval()
+    draft, ids = fresh_draft(model, tree_depth=3, tree_top_k=4, tree_total_nodes=10), torch.tensor([[3], [7], [3]])
+    outs = [
+        model.generate(
+            ids, assistant_model=draft, do_sample=True, top_k=0, temperature=1.5, max_new_tokens=3, eos_token_id=None,
+            pad_token_id=0,
+        )
+        for _ in range(700)
+    ]  # fmt: skip
+    pairs = torch.stack(outs)[:, :, 2:].flatten(0, 1)  # the second and third token, of a round of a tree
+    first = torch.stack(outs)[:, :, 1].flatten()
+    starts = ids[:, 0].repeat(700)
+    with torch.no_grad():
+        text = torch.stack((starts, first, pairs[:, 0]), dim=1)
+        p = (model(text).logits / 1.5).softmax(-1)
+    for place in (1, 2):
+        expected, seen = p[:, place].sum(0), pairs[:, place - 1].bincount(minlength=12)
+        statistic = ((seen - expected) ** 2 / expected).sum()
+        assert statistic < 33.1  # 0.05 % of a chi-square with 11 degrees of freedom
