@@ -106,7 +106,14 @@ class Drafter:
         each, last = slice(None), new - 1
         if batched:
             each, last = torch.arange(texts, device=device), torch.tensor(counts, device=device) - 1
-        self._last = FSPADDraftOutput(out.logit_features[each, last][:, None], out.features[each, last][:, None])
+        read = FSPADDraftOutput(out.logit_features[each, last][:, None], out.features[each, last][:, None])
+        if self._last is not None and not all(counts):  # of a text that waits, what was read before
+            new = torch.tensor(counts, device=device)[:, None, None] > 0
+            read = FSPADDraftOutput(
+                torch.where(new, read.logit_features, self._last.logit_features),
+                torch.where(new, read.features, self._last.features),
+            )
+        self._last = read
         return out
 
     def select(self, texts: list[int]) -> None:

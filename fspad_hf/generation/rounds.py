@@ -18,6 +18,7 @@ from .target import Target
 from .tree import PLAIN, CandidateTree, TreeShape
 from .verification import TokenEmitter, walk
 
+LEAD = 32  # tokens that a sampled sequence may be ahead of another: the noise of all of them is held
 FEW = 16  # tokens that a draft reads beside growing a tree, and what it costs is still that of its levels
 
 
@@ -122,9 +123,11 @@ class Rounds:
         if self.on_round is not None:
             self.on_round(tree.clone().trimmed())
         paths: list[list[int]] = [[] for _ in self.emitters]
+        last = min(len(emitter.emitted) for emitter in self.emitters if not emitter.finished)
         try:
             for row, emitter in enumerate(self.emitters):
-                if not emitter.finished:
+                waits = emitter.noise is not None and len(emitter.emitted) > last + LEAD
+                if not emitter.finished and not waits:
                     walk(tree.of(row), logits[row : row + 1], emitter, paths[row], ahead)
         finally:
             self.keep(paths, features)

@@ -1,6 +1,7 @@
 """Several sequences at once: as plain batched `generate`, token for token, and the generator at the end as well."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,10 +10,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProcessor, StoppingCriteria, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+from fspad_hf.generation.drafting import Drafter
+from fspad_hf.generation.tree import CandidateTree
 from fspad_hf.host import CACHE
 
 from .. import tiny
-from ..conftest import fresh_draft
+from ..conftest import Oracle, fresh_draft
 
 SETTINGS = {
     "greedy": {},
@@ -170,6 +173,38 @@ def test_a_row_is_not_computed_once_it_has_ended(llama, monkeypatch):
         eos_token_id=[5, 9, 12, 13, 14], pad_token_id=0,
     )  # fmt: skip
     assert out.tolist() == plain.tolist() and rows == sorted(rows, reverse=True) and rows[-1] < rows[0]
+
+
+@pytest.mark.parametrize("mode", ["sampled", "penalty"])
+def test_a_sampled_sequence_waits_for_the_others(llama, mode, monkeypatch):
+    """So that the noise held is bounded."""
+    from fspad_hf.generation import rounds
+    from fspad_hf.generation.verification import NoiseQueue
+
+    held, ahead = [], NoiseQueue._draw_ahead
+    monkeypatch.setattr(
+        NoiseQueue, "_draw_ahead", lambda self, more: (ahead(self, more), held.append(len(self._blocks)))[0]
+    )
+    monkeypatch.setattr(rounds, "LEAD", 2)
+    ids, outcomes = ragged((9, 9, 9))[0], []
+    for assistant in (None, fresh_draft(llama, tree_depth=4)):
+        torch.manual_seed(1)
+        out = llama.generate(
+            ids, assistant_model=assistant, max_new_tokens=60, eos_token_id=None, pad_token_id=0, **SETTINGS[mode]
+        )
+        outcomes.append((out.tolist(), torch.get_rng_state().tolist()))
+        if assistant is None:  # the first sequence is guessed, the others are not
+            oracles = [Oracle(row, accuracy, 64) for row, accuracy in zip(out.tolist(), (1.0, 0.0, 0.0), strict=True)]
+
+            def grow(self, roots, shape, sequences=(0,), oracles=oracles):
+                trees = []
+                for number, length, root in zip(sequences, self.cache.lengths, roots, strict=True):
+                    before = SimpleNamespace(cache=SimpleNamespace(length=length))
+                    trees.append(oracles[number].grow(before, root[None], shape.depth))
+                return CandidateTree.stacked(trees)
+
+            monkeypatch.setattr(Drafter, "grow", grow)
+    assert outcomes[0] == outcomes[1] and 5 < max(held) <= 2 + 1 + 5
 
 
 class Steps(BaseStreamer):

@@ -117,6 +117,22 @@ def test_a_batch_is_its_rows_side_by_side(llama, coupled):
         torch.testing.assert_close(trees.scores[row], expected.scores[0], atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_a_text_that_waits_keeps_its_tree(llama):
+    """What another text reads meanwhile moves nothing of it."""
+    drafter, shape = Drafter(fresh_draft(llama), Target(llama)), TreeShape(3, 4, 12)
+    ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(4))
+    features = llama.model(ids).last_hidden_state
+    drafter.accept(features[:, :5], ids[:, 1:6], [5, 3])
+    before = drafter.grow(ids[:, [5]], shape, (0, 1))
+    drafter.accept(features[:, 3:6], ids[:, 4:7], [0, 3])
+    after = drafter.grow(ids[:, [5]], shape, (0, 1))
+    assert drafter.cache.lengths == [5, 6]
+    assert before.of(0).tokens.tolist() == after.of(0).tokens.tolist()
+    torch.testing.assert_close(before.of(0).scores, after.of(0).scores, atol=1e-5, rtol=1e-5)
+    assert before.of(1).tokens.tolist() != after.of(1).tokens.tolist()
+
+
 def test_record_adds_up(llama, llama_draft, prompt):
     out = llama.generate(
         prompt, assistant_model=llama_draft, max_new_tokens=30, eos_token_id=None, return_dict_in_generate=True
