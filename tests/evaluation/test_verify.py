@@ -44,7 +44,7 @@ def test_a_long_prompt_passes_the_window(tokenizer, draft):
 def test_a_broken_decoder_is_caught(llama, tokenizer, draft, monkeypatch):
     """No compaction: the cache keeps the tree's first slots, whichever path was accepted."""
     keep = ArenaCache.keep
-    monkeypatch.setattr(ArenaCache, "keep", lambda self, path: keep(self, list(range(len(path)))))
+    monkeypatch.setattr(ArenaCache, "keep", lambda self, slots: keep(self, [list(range(len(kept))) for kept in slots]))
     checks = verify(llama, tokenizer, draft, **SHORT)
     assert sum(check.real for check in checks) > 3
     bad = next(check for check in checks if check.real)
@@ -54,8 +54,8 @@ def test_a_broken_decoder_is_caught(llama, tokenizer, draft, monkeypatch):
 def test_a_generator_left_elsewhere_is_caught(llama, tokenizer, draft, monkeypatch):
     draw = NoiseQueue.draw
 
-    def extra(self, probabilities):
-        token = draw(self, probabilities)
+    def extra(self, probabilities, *args):
+        token = draw(self, probabilities, *args)
         self.at_end = getattr(self, "at_end", 0) + 1
         if self.at_end == 16:
             torch.rand(1)
