@@ -220,7 +220,7 @@ def new_draft(target: PreTrainedModel, rows: TrainingRows, seed: int = 0, **fiel
 
 def train(options, figures, questions: list[tuple[str, str]]) -> None:
     """
-    Recipes for a twentieth of the time each; the best one for 0.65 of it, its weights left in `draft/`; FSPAD's parts
+    Recipes for a twentieth of the time each; the best one for 0.57 of it, its weights left in `draft/`; FSPAD's parts
     with the rest, in `ablation/`. tau is measured last, if there is time: any machine can do that.
     """
     began = time.monotonic()
@@ -236,16 +236,8 @@ def train(options, figures, questions: list[tuple[str, str]]) -> None:
         figures.save(recipes=recipes)
     best = max(recipes, key=lambda name: recipes[name]["chain"])
     figures.save(best=best, headline=f"best recipe {best}")
-    draft = new_draft(target, rows)
-    run(
-        options,
-        features,
-        draft,
-        RECIPES[best],
-        whole * 0.57,
-        figures.save,
-        options.out / "state" / "train.safetensors",
-    )
+    draft, state = new_draft(target, rows), options.out / "state" / "train.safetensors"
+    run(options, features, draft, RECIPES[best], 0.57 * whole, figures.save, state)
     figures.save(**score(options, features, draft))
     draft.save_pretrained(options.out / "draft-fp32", tokenizer=tokenizer)
     parts.split(options.out / "draft-fp32" / "model.safetensors", STATE_MIB)

@@ -171,7 +171,7 @@ class Rounds:
     def accept(self):
         """The draft reads what it has not read yet."""
         features, tokens, counts = self.all_unread()
-        self.unread = [[(features[:1, :0], tokens[:1, :0])] for _ in self.unread]
+        self.unread = [[] for _ in self.unread]
         self.drafter.accept(features, tokens, counts)
 
     def all_unread(self) -> tuple[torch.Tensor, torch.LongTensor, list[int]]:
@@ -223,12 +223,12 @@ class Rounds:
         """Of the rows that the last forward has added keeps those of the paths."""
         self.arena.keep(paths)
         for row, path in enumerate(paths):
-            if path:
-                self.unread[row].append((features[row : row + 1, path], self.last_tokens(row, len(path))))
+            self.unread[row].append((features[row : row + 1, path], self.last_tokens(row, len(path))))
 
     def last_tokens(self, row: int, count: int) -> torch.LongTensor:
         """`[1, count]`, on the host."""
-        return torch.tensor([self.emitters[row].emitted[-count:]], device="cpu")
+        emitted = self.emitters[row].emitted
+        return torch.tensor([emitted[len(emitted) - count :]], dtype=torch.long, device="cpu")
 
 
 def depth_limit(depth: int, length: int, offset: int, max_length: int | None, text_config) -> int:

@@ -79,7 +79,9 @@ class NoiseQueue:
         sound = _is_distribution(probabilities)
         if self.shape[0] > 1 and self.coupled and not self.is_ahead(sequence):
             self._draw_ahead(1)  # a walk goes on beyond what was drafted by one
-        row = self._blocks[self._steps[sequence] - self._first][0][[sequence]] if self.is_ahead(sequence) else None
+        row = None
+        if self.is_ahead(sequence):
+            row = self._blocks[self._steps[sequence] - self._first][0][sequence : sequence + 1]
         if row is None or not _is_like(probabilities, row) or not sound:
             self._blocks.clear()  # multinomial draws, or raises, as plain sampling does
             token = torch.multinomial(probabilities, num_samples=1).squeeze(1)

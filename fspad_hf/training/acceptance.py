@@ -115,7 +115,7 @@ def simulate(
 
 
 def _trees_at(drafter, read, lengths: range, shape, rows: torch.Tensor | None, prompt_length: int):
-    """The trees behind texts of these lengths, on the CPU; `rows` are the noise of the whole continuation."""
+    """The trees behind texts of these lengths, on the CPU; `rows` (`[tokens, V]`): the continuation's noise."""
     if shape.depth < 1:
         return None
     here = slice(lengths.start - 2, lengths.stop - 2)  # pair t holds token t + 1
