@@ -118,3 +118,14 @@ def test_a_draft_of_an_older_version_loads(llama, tmp_path, tokenizer):
     draft.save_pretrained(tmp_path, tokenizer=tokenizer)
     assert json.loads((tmp_path / "speculation_config.json").read_text()) == {"coupling_sharpness": 1.5}
     assert json.loads((tmp_path / "config.json").read_text()).keys().isdisjoint(old)
+
+
+@pytest.mark.parametrize(("device", "most"), [("cpu", 32), ("cuda", 128)])
+def test_trees_shrink_as_a_batch_grows(device, most):
+    """All trees of a batch together, roots included, have no more nodes than that; a number that is set stays."""
+    alone = SpeculationConfig().resolved(device).tree_total_nodes
+    for batch in (1, 2, 3, 4, 8, 16):
+        nodes = SpeculationConfig().resolved(device, batch=batch).tree_total_nodes
+        assert nodes == min(alone, most // batch - 1)
+        assert SpeculationConfig(tree_total_nodes=20).resolved(device, batch=batch).tree_total_nodes == 20
+    assert SpeculationConfig().resolved(device, batch=500).tree_total_nodes == 1
