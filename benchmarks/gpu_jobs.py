@@ -25,7 +25,7 @@ from fspad_hf.evaluation.peers import MODES, CompiledMethod
 from fspad_hf.evaluation.profile import variant
 from fspad_hf.evaluation.shapes import random_draft, random_target, shape_config
 from fspad_hf.evaluation.spec_bench import read_questions
-from fspad_hf.generation.workspace import WorkspacePool
+from fspad_hf.generation.graphs import GraphPool
 from fspad_hf.loading import encode_chat
 
 SEED = 3
@@ -117,7 +117,7 @@ def check_tokens(options: Options, figures: Figures, graphs: bool) -> None:
                 print(rows[-1], flush=True)
                 same = sum(row["identical"] for row in rows)
                 figures.save(rows=rows, headline=f"{same} of {len(rows)} answers identical to plain generate's")
-            if graphs and (refused := WorkspacePool.of(drafted).refused):
+            if graphs and (refused := GraphPool.of(drafted).refused):
                 figures.save(refused=figures.get("refused", []) + sorted(set(refused.values())))
     wrong = [row for row in rows if row["dtype"] == "float32" and not (row["identical"] and row["state_equal"])]
     if wrong or figures.get("refused"):

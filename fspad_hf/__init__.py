@@ -2,6 +2,7 @@
 
 from .configuration_fspad import FSPADConfig
 from .generation.decoding import FSPADGenerateOutput, SpeculationRecord
+from .generation.graphs import free_graphs
 from .generation.hook import install, uninstall
 from .modeling_fspad import FSPADDraftModel, FSPADDraftOutput
 from .speculation_config import SpeculationConfig
@@ -14,6 +15,7 @@ __all__ = [
     "FSPADGenerateOutput",
     "SpeculationConfig",
     "SpeculationRecord",
+    "free_graphs",
     "install",
     "uninstall",
 ]

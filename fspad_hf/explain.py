@@ -1,7 +1,6 @@
 """`fspad-hf explain`: what each round of a real `generate` call drafted, accepted and rejected, as a picture."""
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,39 +13,9 @@ from .generation.tree import CandidateTree
 from .loading import encode_chat, load_models
 from .modeling_fspad import FSPADDraftModel
 from .runtime import quiet_transformers, writable_file, write_file
+from .tree_drawing import Explanation, Round, html_page, svg_picture
 
 SVG_ROUNDS = 3
-
-
-@dataclass(frozen=True)
-class Round:
-    """
-    One forward of the target over a draft tree, and the tokens that it gave.
-
-    Args:
-        tokens, parents: of the tree's nodes, the root first, as in [`CandidateTree`].
-        emitted: what the target drew, in order: the guesses it accepted, then its own token, if there was room for it.
-    """
-
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-    emitted: tuple[int, ...]
-
-    @property
-    def path(self) -> tuple[int, ...]:
-        """The nodes whose tokens were accepted, the root not counted."""
-        children = {(self.parents[i], self.tokens[i]): i for i in range(1, len(self.tokens))}
-        path, node = [], 0
-        for token in self.emitted:
-            if (node := children.get((node, token))) is None:
-                break
-            path.append(node)
-        return tuple(path)
-
-    @property
-    def bonus(self) -> int | None:
-        """The target's own token that no guess met; `None` if the text ended on an accepted one."""
-        return self.emitted[-1] if len(self.path) < len(self.emitted) else None
 
 
 class RoundRecorder(BaseStreamer):
@@ -79,29 +48,6 @@ class RoundRecorder(BaseStreamer):
         return tuple(
             Round(*tree, tuple(emitted)) for tree, emitted in zip(self._trees, self._emitted[1:], strict=True)
         )
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """
-    A `generate` call as it went.
-
-    Args:
-        title: the target's name and the mode.
-        texts: the generated text after 0, 1, 2, ... tokens, without a character of which only a part is there.
-        pieces: each token of the trees and of the text by itself.
-        rounds: in order. The first generated token comes from the prefill, before them.
-    """
-
-    title: str
-    prompt: str
-    texts: tuple[str, ...]
-    pieces: dict[int, str]
-    rounds: tuple[Round, ...]
-
-    def start(self, number: int) -> int:
-        """How many tokens had been generated when round `number` (from 0) began."""
-        return 1 + sum(len(made.emitted) for made in self.rounds[:number])
 
 
 def explain(
@@ -172,8 +118,6 @@ def run_explain(
     Raises:
         ValueError, OSError: an argument is wrong, or a model or the file cannot be had.
     """
-    from .tree_drawing import html_page, svg_picture
-
     draw = {".svg": svg_picture, ".html": html_page}.get(suffix := Path(output).suffix.lower())
     if draw is None:
         raise ValueError(f"output={str(output)!r} ends in {suffix!r}: expected a name that ends in .svg or .html.")

@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 
 from .cards import count_parameters, make_card, read_provenance, read_results
 from .configuration_fspad import FSPADConfig
-from .pretrained import draft_config
 from .speculation_config import FILE
 from .weights import INDEX, check_weights, is_weights, weight_files
 
@@ -138,7 +137,7 @@ def _whole_draft(folder: Path) -> FSPADConfig:
             f"{str(folder)!r} holds no draft (no config.json): expected a folder that save_pretrained or "
             "`fspad-hf train` wrote."
         )
-    config, weights = draft_config(folder), weight_files(folder)
+    config, weights = FSPADConfig.from_pretrained(folder), weight_files(folder)
     if not weights:
         raise ValueError(f"{str(folder)!r} has no model.safetensors and no shards of one: save the draft again.")
     check_weights(weights, config.weights_sha256)

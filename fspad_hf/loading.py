@@ -4,9 +4,10 @@ from dataclasses import asdict, dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .configuration_fspad import FSPADConfig
 from .demo_target import demo_target, released_draft
 from .modeling_fspad import FSPADDraftModel
-from .pretrained import draft_config, named_target
+from .pretrained import named_target
 from .runtime import check_reachable, quiet_transformers, resolve_device, resolve_dtype, status
 from .speculation_config import SpeculationConfig
 
@@ -46,7 +47,7 @@ def load_models(
     with quiet_transformers():
         draft_name = draft or str(released_draft())
         check_reachable(draft_name, "draft")
-        config = draft_config(draft_name)
+        config = FSPADConfig.from_pretrained(draft_name)
         target_name = target or (named_target(draft, config) if draft else str(demo_target()))
         check_reachable(target_name, "target")
         with status(f"Loading {target_name} and {draft_name}"):

@@ -130,7 +130,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
         """
         hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         own = {**hub, "revision": revision, "subfolder": subfolder}
-        config = draft_config(draft, **own)
+        config = FSPADConfig.from_pretrained(draft, **own)
         name = target if target is not None else named_target(draft, config)
         loaded_draft = cls.from_pretrained(draft, config=config, **own)
         hub["trust_remote_code"] = trust_remote_code
@@ -227,12 +227,6 @@ class FSPADPreTrainedModel(PreTrainedModel):
             raise ValueError(f"push_to_hub takes no {unknown}: expected any of {sorted(PUSH_OPTIONS)}.")
         name = options.get("target_name")
         check_target_name(name or self.config.target_name_or_path, given=name is not None)
-
-
-def draft_config(draft: str | os.PathLike, **hub_kwargs) -> FSPADConfig:
-    """A draft's configuration; `ValueError` if it is not an FSPAD draft."""
-    # Not AutoConfig, which may ask on stdin whether to run code of a repository that is no draft's.
-    return FSPADConfig.from_pretrained(draft, **hub_kwargs)
 
 
 def named_target(draft: str | os.PathLike, config: FSPADConfig) -> str:

@@ -1,12 +1,10 @@
-"""Pictures of an [`Explanation`]: SVG that reads on light and dark pages, and an HTML page."""
+"""What a `generate` call did, and pictures of it: SVG that reads on light and dark pages, and an HTML page."""
 
 import unicodedata
 from dataclasses import dataclass
 from html import escape
 from itertools import takewhile
 from xml.etree import ElementTree as ET
-
-from .explain import Explanation, Round
 
 WIDTH = 900  # of a README's column; a tree that cannot be squeezed into it makes the picture wider
 ROW, BOX, GAP, PADDING, MARGIN = 24, 19, 24, 7, 12
@@ -37,6 +35,60 @@ LEGEND = (
     ("bonus", "the target's own token, no guess met it"),
     ("rejected", "guess rejected"),
 )
+
+
+@dataclass(frozen=True)
+class Round:
+    """
+    One forward of the target over a draft tree, and the tokens that it gave.
+
+    Args:
+        tokens, parents: of the tree's nodes, the root first, as in [`CandidateTree`].
+        emitted: what the target drew, in order: the guesses it accepted, then its own token, if there was room for it.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    emitted: tuple[int, ...]
+
+    @property
+    def path(self) -> tuple[int, ...]:
+        """The nodes whose tokens were accepted, the root not counted."""
+        children = {(self.parents[i], self.tokens[i]): i for i in range(1, len(self.tokens))}
+        path, node = [], 0
+        for token in self.emitted:
+            if (node := children.get((node, token))) is None:
+                break
+            path.append(node)
+        return tuple(path)
+
+    @property
+    def bonus(self) -> int | None:
+        """The target's own token that no guess met; `None` if the text ended on an accepted one."""
+        return self.emitted[-1] if len(self.path) < len(self.emitted) else None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """
+    A `generate` call as it went.
+
+    Args:
+        title: the target's name and the mode.
+        texts: the generated text after 0, 1, 2, ... tokens, without a character of which only a part is there.
+        pieces: each token of the trees and of the text by itself.
+        rounds: in order. The first generated token comes from the prefill, before them.
+    """
+
+    title: str
+    prompt: str
+    texts: tuple[str, ...]
+    pieces: dict[int, str]
+    rounds: tuple[Round, ...]
+
+    def start(self, number: int) -> int:
+        """How many tokens had been generated when round `number` (from 0) began."""
+        return 1 + sum(len(made.emitted) for made in self.rounds[:number])
 
 
 @dataclass(frozen=True)

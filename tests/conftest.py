@@ -1,6 +1,5 @@
 import random
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +7,9 @@ from huggingface_hub import constants, hf_api
 from transformers.utils import hub
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.generation import capturing, graphs
-from fspad_hf.generation.drafting import Drafter
+from fspad_hf.generation import graphs
+from fspad_hf.generation.drafting import Drafter, latest
+from fspad_hf.generation.rounds import Rounds
 from fspad_hf.generation.tree import CandidateTree
 
 from . import tiny
@@ -57,7 +57,7 @@ def captured(monkeypatch):
         return record(step)
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr(capturing, "can_capture", lambda device: True)
+    monkeypatch.setattr(graphs, "can_capture", lambda device: True)
     monkeypatch.setattr(graphs, "SMALLEST_BUCKET", 64)
     return made
 
@@ -78,9 +78,9 @@ def teach(monkeypatch):
             places = torch.arange(len(values), device=device)
             return sum(((places == i) * value for i, value in enumerate(values)), torch.zeros_like(places))[None]
 
-        def grow_padded(self, root, shape, rows):
-            here = torch.arange(shape.depth, device=device) + self.cache.length + 1
-            tokens, parents, depths, parent = [root[0]], [0], [0], 0
+        def grow(self, read, ends, roots, shape, noise=None):
+            here = torch.arange(shape.depth, device=device) + ends[0] + 1
+            tokens, parents, depths, parent = [roots[0]], [0], [0], 0
             for level in range(shape.depth):
                 place = here[level : level + 1]
                 true = torch.where(right[place], truth[place], (truth[place] + 3) % vocab_size)
@@ -93,7 +93,7 @@ def teach(monkeypatch):
             scores = -torch.arange(len(parents), dtype=torch.float32, device=device)[None]
             return CandidateTree(torch.cat(tokens)[None], numbers(parents), numbers(depths), scores)
 
-        monkeypatch.setattr(Drafter, "grow_padded", grow_padded)
+        monkeypatch.setattr(Drafter, "grow", grow)
 
     return use
 
@@ -126,6 +126,12 @@ def fresh_draft(target, **overrides) -> FSPADDraftModel:
         return FSPADDraftModel.from_target(target, **overrides)
 
 
+def grown(drafter, read, roots, shape, noise=None) -> CandidateTree:
+    """A tree behind all that `drafter` has accepted, `read` being what came of it last."""
+    counts = torch.full_like(roots, read.features.shape[1])
+    return drafter.grow(latest(read, counts), drafter.cache.behind(roots.device), roots, shape, noise).trimmed()
+
+
 def rng_state(device: torch.device) -> torch.Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
@@ -151,8 +157,8 @@ class Oracle:
         self.reference, self.accuracy, self.vocab_size = reference, accuracy, vocab_size
         self.random = random.Random(0)
 
-    def grow(self, generator, root, depth):
-        length = generator.cache.length + 1
+    def grow(self, length, root, depth):
+        """Behind a text of so many tokens, of which `root` is the last."""
         tokens, parents, depths, true_nodes = [int(root)], [0], [0], {0}
         level = [0]
         for d in range(1, depth + 1):
@@ -175,6 +181,23 @@ class Oracle:
         )
 
 
+def oracles_growth(oracles, monkeypatch):
+    """In place of `Drafter.grow`: the trees of the sequences that still go on, by the oracle of each."""
+    going, draft = [], Rounds.draft
+
+    def drafted(self, told):
+        going[:] = [emitter.sequence for emitter in self.emitters]
+        return draft(self, told)
+
+    monkeypatch.setattr(Rounds, "draft", drafted)
+
+    def grow(self, read, ends, roots, shape, noise=None):
+        rows = zip(going, ends[:, 0].tolist(), roots, strict=True)
+        return CandidateTree.stacked([oracles[n].grow(length + 1, root, shape.depth) for n, length, root in rows])
+
+    return grow
+
+
 @pytest.fixture
 def oracle(monkeypatch):
     """Replaces the draft's trees by [`Oracle`]s': `oracle(references, accuracy, vocab_size)`, one a sequence."""
@@ -182,14 +205,7 @@ def oracle(monkeypatch):
     def use(references, accuracy, vocab_size):
         made = [Oracle(reference, accuracy, vocab_size) for reference in references]
 
-        def grow(self, roots, shape, sequences=(0,)):
-            trees = [
-                made[number].grow(SimpleNamespace(cache=SimpleNamespace(length=length)), root[None], shape.depth)
-                for number, length, root in zip(sequences, self.cache.lengths, roots, strict=True)
-            ]
-            return CandidateTree.stacked(trees)
-
-        monkeypatch.setattr(Drafter, "grow", grow)
+        monkeypatch.setattr(Drafter, "grow", oracles_growth(made, monkeypatch))
 
     yield use
 

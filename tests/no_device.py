@@ -146,7 +146,9 @@ def run(name: str, mode: str) -> dict:
         model.to(NAME), draft.to(NAME)
         for label in ("oracle", "draft") if name == "llama" else ("oracle",):
             if label == "oracle":
-                Drafter.grow = lambda self, root, shape, _=(): oracle.grow(self, root, shape.depth)
+                Drafter.grow = lambda self, read, ends, root, shape, _=None: oracle.grow(
+                    int(ends) + 1, root, shape.depth
+                )
             else:
                 Drafter.grow, Rounds.run = grow, counted
             torch.manual_seed(3)

@@ -17,8 +17,7 @@ from transformers import (
 )
 
 import fspad_hf
-from fspad_hf import FSPADDraftModel, custom_generate, hub
-from fspad_hf.pretrained import draft_config
+from fspad_hf import FSPADConfig, FSPADDraftModel, custom_generate, hub
 
 from . import tiny
 from .conftest import fresh_draft
@@ -236,7 +235,7 @@ class TestRemoteCode:
         fresh_draft(model, target_name_or_path=str(remote)).save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
         with pytest.raises(ValueError, match="trust_remote_code=True"):
             FSPADDraftModel.load_pair(tmp_path / "draft")
-        for load in (FSPADDraftModel.load_pair, draft_config):
+        for load in (FSPADDraftModel.load_pair, FSPADConfig.from_pretrained):
             with pytest.raises(ValueError, match="is a 'unheard_of' model: expected an FSPAD draft"):
                 load(remote)
         with pytest.raises(ValueError, match="is a 'unheard_of' model"):

@@ -14,9 +14,9 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from ..configuration_fspad import FSPADConfig
 from ..generation.tree import TreeShape
 from ..loading import Models, load_draft, load_models
-from ..pretrained import draft_config
 from ..runtime import check_reachable, is_exact, quiet_transformers, status, time_left, write_json
 from ..speculation_config import SpeculationConfig
 from .bench import Bench, BenchConfig, RecordFile, describe_machine
@@ -77,7 +77,7 @@ def run_bench(
     for draft in named.values():
         if draft:
             check_reachable(draft, "draft")
-            draft_config(draft)
+            FSPADConfig.from_pretrained(draft)
     models = load_models(target, next(iter(named.values())) or None, device, dtype, **trees)
     loaded = {name: models.draft if i == 0 else load_draft(path, models, **trees)
               for i, (name, path) in enumerate(named.items())}  # fmt: skip

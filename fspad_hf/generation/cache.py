@@ -1,9 +1,11 @@
 """The key-value arena: one buffer for many layers, from which a tree's rejected nodes are dropped in place."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 GROWTH = 256  # positions by which the arena grows at least
@@ -12,7 +14,7 @@ GROWTH = 256  # positions by which the arena grows at least
 class ArenaLayer(CacheLayerMixin):
     """One layer's view, `[batch, heads, capacity, head_dim]`, of an arena's buffers."""
 
-    is_sliding = False  # windows are the mask's business: every layer stores every position
+    is_sliding = False  # windows are the mask's business
     window: int | None = None
 
     def __init__(self, arena: "ArenaCache"):
@@ -24,96 +26,245 @@ class ArenaLayer(CacheLayerMixin):
         return self._arena()
 
     def update(self, key_states, value_states, *args, **kwargs):
-        if self.arena.is_fixed:
-            slots = self.arena.slots(key_states.shape[-2])
-            return self.keys.index_copy_(2, slots, key_states), self.values.index_copy_(2, slots, value_states)
-        start = self.arena.length
-        end = start + key_states.shape[-2]
-        if not self.is_initialized or end > self.keys.shape[-2]:
-            self.arena.reserve(self, key_states, value_states, end)
-        self.keys[..., start:end, :] = key_states
-        self.values[..., start:end, :] = value_states
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        width = self.arena.width(self.window)
+        if not self.is_initialized or width > self.keys.shape[-2]:
+            self.arena.reserve(self, key_states, value_states, width)
+        rows, slots = self.arena.slots(key_states, self.window)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer[rows, :, slots] = states.transpose(1, 2)
+        return self.keys[..., :width, :], self.values[..., :width, :]
 
     def lazy_initialization(self, key_states, value_states):
-        self.arena.reserve(self, key_states, value_states, self.arena.length + key_states.shape[-2])
-
-    def is_broken(self) -> bool:
-        """Whether something in a window is not a number."""
-        used = slice(max(min(self.arena.lengths) + 1 - self.window, 0), self.arena.length)
-        return not all(bool(part[..., used, :].isfinite().all()) for part in (self.keys, self.values))
-
-    def forget(self) -> None:
-        """Leaves nothing of what is no longer in the window of a next token."""
-        gone = slice(0, max(min(self.arena.lengths) + 1 - self.window, 0))
-        self.keys[..., gone, :] = 0
-        self.values[..., gone, :] = 0
+        self.arena.reserve(self, key_states, value_states, key_states.shape[-2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.arena.width(query_length), 0
+        return self.arena.width(self.window), 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.arena.is_fixed else self.arena.length  # the same in all rounds: a graph would freeze it
+        return 0 if self.arena.is_fixed else self.arena.longest  # the same in all rounds: a graph would freeze it
 
     def get_max_length(self) -> int:
         return -1
 
 
+@dataclass
+class Buffers:
+    """K and V of layers of one shape and window, `[layers, batch, heads, capacity, head_dim]` each."""
+
+    layers: list[ArenaLayer]
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __post_init__(self):
+        for layer, layer.keys, layer.values in zip(self.layers, self.keys, self.values, strict=True):
+            layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
+
+    @property
+    def window(self) -> int | None:
+        return self.layers[0].window
+
+    @property
+    def pair(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.keys, self.values
+
+
 class ArenaCache(Cache):
     """
-    Layers of one shape share a K and a V buffer `[layers, batch, heads, capacity, head_dim]`.
+    What a batch of sequences has of keys and values: of each its own number of positions, `lengths`.
 
-    A forward appends its rows after `length`; they count only once [`~ArenaCache.keep`] says which of them stay. A
-    batch holds `lengths` of them, and what lies between a shorter sequence and `length` is for the masks to hide.
+    A forward's rows go where [`~ArenaCache.place`] says, behind each sequence; they count only once
+    [`~ArenaCache.keep`] or [`~ArenaCache.advance`] says so. Of a layer with a sliding window no more than the last two
+    windows are kept.
 
-    While a graph is captured `length` is a tensor `[1]`. All shapes are fixed then: attention sees the whole buffers,
-    and the mask hides what is not filled.
+    For a graph shapes are fixed (`is_fixed`): attention sees the whole buffers, and masks hide what is not filled.
 
     Args:
         num_layers: how many layers.
+        sequences: how many sequences.
         capacity: positions for which there is room from the start; more are made as needed.
+        spare: rows that a forward may add, beside the two windows of a sliding layer of a fixed shape.
     """
 
-    def __init__(self, num_layers: int, capacity: int = 0):
-        self._own_lengths: list[int] | None = None
-        self.length = 0
-        self.least_capacity = capacity
-        self._groups: list[list[ArenaLayer]] = []
-        self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
+    def __init__(self, num_layers: int, sequences: int = 1, capacity: int = 0, spare: int = 0):
+        self.lengths, self.is_fixed, self.capacity, self.spare = [0] * sequences, False, capacity, spare
+        self.reach = 0  # so many positions the last forward has seen
+        self._first: dict[int, list[int]] = {}  # of each window: the position of the buffers' first column
+        self._groups: list[Buffers] = []
+        self._at: torch.LongTensor | None = None
+        self._firsts: torch.LongTensor | None = None
+        self._slots: dict[tuple, tuple[torch.LongTensor, torch.LongTensor]] = {}
         self._broken: list[ArenaLayer] = []
         super().__init__(layers=[ArenaLayer(self) for _ in range(num_layers)])
 
     @classmethod
-    def from_dynamic(cls, cache: DynamicCache, capacity: int = 0) -> "ArenaCache":
+    def from_dynamic(
+        cls, cache: DynamicCache, capacity: int = 0, spare: int = 0, in_its_place: bool = False
+    ) -> "ArenaCache":
         """A copy of a prefilled `DynamicCache`, see [`~ArenaCache.load`]."""
-        arena = cls(len(cache.layers), capacity)
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        arena = cls(len(cache.layers), len(layers[0].keys) if layers else 1, capacity, spare)
         groups: dict[tuple, list[int]] = {}
         for index, layer in enumerate(cache.layers):
+            arena.layers[index].window = window = getattr(layer, "sliding_window", None)
             if layer.is_initialized:
                 keys, values = layer.keys, layer.values
-                shape = (keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype, keys.device)
+                shape = (keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype, keys.device, window)
                 groups.setdefault(shape, []).append(index)
         for indices in groups.values():
             first = cache.layers[indices[0]]
-            arena._allocate([arena.layers[i] for i in indices], first.keys, first.values, cache.get_seq_length())
-        arena.load(cache)
+            arena._allocate([arena.layers[i] for i in indices], first.keys, first.values, first.keys.shape[-2])
+        arena.load(cache, in_its_place)
         return arena
 
-    def load(self, cache: DynamicCache):
+    def load(self, cache: DynamicCache, in_its_place: bool = False) -> None:
         """
-        Copies a prefilled cache of as many layers of the same shapes into the buffers. Positions that a sliding layer
-        has already forgotten are left as they are: the masks never show them again.
+        Copies a prefilled cache of as many layers of the same shapes into the buffers.
+
+        Args:
+            in_its_place: empties that one, layer by layer.
         """
-        self._own_lengths, self.length = None, cache.get_seq_length()
+        length = cache.get_seq_length()
+        self.lengths, self._first = [length] * len(self.lengths), {}
         for mine, layer in zip(self.layers, cache.layers, strict=True):
             if layer.is_initialized:
-                start = self.length - layer.keys.shape[-2]
-                mine.keys[..., start : self.length, :] = layer.keys
-                mine.values[..., start : self.length, :] = layer.values
-                mine.window = getattr(layer, "sliding_window", None)
+                held = layer.keys.shape[-2]
+                if mine.window is not None:
+                    self._first[mine.window] = [length - held] * len(self.lengths)
+                mine.keys[..., :held, :] = layer.keys
+                mine.values[..., :held, :] = layer.values
+                if in_its_place:
+                    layer.keys, layer.values, layer.is_initialized = None, None, False
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def windows(self) -> list[int]:
+        return sorted(self._first)
+
+    @property
+    def is_inference(self) -> bool:
+        """Whether it was made in inference mode, so that nothing can be written to it outside."""
+        return any(group.keys.is_inference() for group in self._groups)
+
+    # where a forward's rows go
+
+    def behind(self, device: torch.device) -> torch.LongTensor:
+        """The lengths, `[batch, 1]`."""
+        return torch.tensor(self.lengths, device=device)[:, None]
+
+    def firsts(self) -> list[list[int]]:
+        """Of each sequence, for each of `windows`: the position of the first column."""
+        return [[self._first[window][row] for window in self.windows] for row in range(len(self.lengths))]
+
+    def place(self, at: torch.LongTensor, reach: int, firsts: torch.LongTensor | None = None) -> None:
+        """
+        The next forward's rows go to the positions from `at` (`[batch, 1]`) on, and attention sees the first `reach`.
+
+        Args:
+            firsts (`[batch, windows]`): [`~ArenaCache.firsts`] on the device, if they are there already.
+        """
+        if firsts is None and self._first:
+            firsts = torch.tensor(self.firsts(), device=at.device)
+        self._at, self.reach, self._firsts, self._slots = at, reach, firsts, {}
+
+    def width(self, window: int | None = None) -> int:
+        """The columns that layers of this window see."""
+        if self.is_fixed:
+            return self._fixed_capacity(window)
+        return self.reach - min(self._first.get(window, (0,)))
+
+    def columns(self, window: int | None) -> torch.LongTensor:
+        """The column at which each sequence's rows go to layers of this window, `[batch, 1]`."""
+        if window not in self._first:
+            return self._at
+        index = self.windows.index(window)
+        return self._at - self._firsts[:, index : index + 1]
+
+    def shown(self, shown: torch.BoolTensor, window: int | None) -> torch.BoolTensor:
+        """Of `shown` (`[batch, positions]`) what such a layer has as columns, `[batch, width]`."""
+        width = self.width(window)
+        if window not in self._first or not (self.is_fixed or any(self._first[window])):
+            return shown[:, :width]
+        index = self.windows.index(window)
+        positions = self._firsts[:, index : index + 1] + torch.arange(width, device=shown.device)
+        return shown.gather(1, positions.clamp(max=shown.shape[1] - 1))
+
+    def slots(self, states: torch.Tensor, window: int | None) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """The sequences `[batch, 1]` and columns `[batch, rows]` of a layer's new states. Made once for all layers."""
+        key = states.shape[-2], window, states.device
+        if key not in self._slots:
+            columns = self.columns(window).to(states.device)
+            steps, batch = (torch.arange(size, device=states.device) for size in (key[0], len(columns)))
+            self._slots[key] = batch[:, None], columns + steps
+        return self._slots[key]
+
+    # what stays of them
+
+    def advance(self, counts: Iterable[int]) -> None:
+        """Of each sequence so many of the rows just added count."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep(self, paths: Sequence[list[int]]) -> None:
+        """
+        Of the rows that the last forward added, keeps those of each sequence's path (ascending, counted from the first
+        added), moved together behind what it has; forgets the rest.
+        """
+        counts = [len(path) for path in paths]
+        if any(path != list(range(len(path))) for path in paths):
+            padded = torch.tensor([[*path, *range(len(path), max(counts))] for path in paths], device="cpu")
+            for group in self._groups:
+                end = self._ends(group.window)
+                _move(group.pair, padded, end, end)
+        self.advance(counts)
+
+    def _ends(self, window: int | None) -> list[int]:
+        """Of each sequence the column behind what such a layer has."""
+        first = self._first.get(window, [0] * len(self.lengths))
+        return [length - start for length, start in zip(self.lengths, first, strict=True)]
+
+    def make_room(self) -> None:
+        """Where a sliding layer has more than two windows, keeps the last of them."""
+        for window, first in self._first.items():
+            if max(self._ends(window)) > 2 * window:
+                now = [max(length - window, start) for length, start in zip(self.lengths, first, strict=True)]
+                moved = [new - old for new, old in zip(now, first, strict=True)]
+                most = max(length - start for length, start in zip(self.lengths, now, strict=True))
+                for group in self._groups:
+                    if group.window == window:
+                        for layer in group.layers:  # one by one, for the sake of memory
+                            _move((layer.keys, layer.values), torch.arange(most, device="cpu"), moved, [0] * len(now))
+                self._first[window] = now
+
+    def select(self, sequences: list[int]) -> None:
+        """Keeps these sequences of the batch."""
+        self.lengths = [self.lengths[i] for i in sequences]
+        self._first = {window: [first[i] for i in sequences] for window, first in self._first.items()}
+        self._groups = [Buffers(g.layers, *(buffer[:, sequences] for buffer in g.pair)) for g in self._groups]
+
+    def append_to(self, cache: DynamicCache) -> None:
+        """Writes the positions that `cache` lacks back into it; of sequences of one length."""
+        start, (length,) = cache.get_seq_length(), set(self.lengths)
+        if start >= length:
+            return
+        for index, (mine, layer) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            if not mine.is_initialized:
+                continue
+            if mine.window is None:
+                cache.update(mine.keys[..., start:length, :], mine.values[..., start:length, :], index)
+            else:  # of which it holds one position less than the window
+                held, ends = min(mine.window - 1, length), self._ends(mine.window)
+                layer.keys, layer.values = (
+                    torch.stack([one[:, end - held : end] for one, end in zip(part, ends, strict=True)])
+                    for part in (mine.keys, mine.values)
+                )
+                layer.cumulative_length = length
+
+    # padding that is not a number
 
     def watch_padding(self) -> None:
-        """See [`is_broken`]."""
+        """See [`~ArenaCache.is_broken`]."""
         self._broken = [layer for layer in self.layers if layer.is_initialized and layer.window]
 
     @property
@@ -122,141 +273,80 @@ class ArenaCache(Cache):
         Whether a sliding layer's window holds a key or value that is not a number, as padding may leave them. A mask
         does not hide these, for 0 times NaN is NaN; plain decoding is rid of them once they leave the window.
         """
+        broken = []
         for layer in self._broken:
-            layer.forget()
-        self._broken = [layer for layer in self._broken if layer.is_broken()]
-        return bool(self._broken)
+            lengths = self._ends(layer.window)
+            gone = max(min(lengths) + 1 - layer.window, 0)
+            for part in (layer.keys, layer.values):
+                part[..., :gone, :] = 0
+            if not all(part[..., gone : max(lengths), :].isfinite().all() for part in (layer.keys, layer.values)):
+                broken.append(layer)
+        self._broken = broken
+        return bool(broken)
 
-    @property
-    def length(self) -> int | torch.LongTensor:
-        """Positions that count, in the longest sequence."""
-        return self._length
-
-    @length.setter
-    def length(self, length: int | torch.LongTensor):
-        self._length = length
-        self._slots: tuple[int, torch.LongTensor | None] = (0, None)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Positions that count, of each sequence."""
-        return [self.length] if self._own_lengths is None else self._own_lengths
-
-    @lengths.setter
-    def lengths(self, lengths: list[int]):
-        self._own_lengths = lengths if len(lengths) > 1 else None
-        self.length = max(lengths)
-
-    def select(self, sequences: list[int]) -> None:
-        """Keeps these sequences of the batch."""
-        lengths = [self.lengths[i] for i in sequences]
-        for number, (group, pair) in enumerate(zip(self._groups, self._buffers, strict=True)):
-            self._buffers[number] = tuple(buffer[:, sequences] for buffer in pair)
-            self._show(group, self._buffers[number])
-        self.lengths = lengths
-
-    @property
-    def is_fixed(self) -> bool:
-        """Whether shapes are those of the buffers, and `length` a tensor."""
-        return isinstance(self.length, torch.Tensor)
-
-    @property
-    def is_inference(self) -> bool:
-        """Whether it was made in inference mode, so that nothing can be written to it outside."""
-        return any(keys.is_inference() for keys, _ in self._buffers)
-
-    @property
-    def capacity(self) -> int:
-        return min((pair[0].shape[-2] for pair in self._buffers), default=0)
-
-    def width(self, rows: int) -> int:
-        """How many columns a mask has in a forward that appends so many rows."""
-        return self.capacity if self.is_fixed else self.length + rows
-
-    def slots(self, rows: int) -> torch.LongTensor:
-        """Where a forward puts its rows, `[rows]`; with `length` a tensor. Made once for all layers."""
-        if self._slots[0] != rows:
-            self._slots = rows, torch.arange(rows, device=self.length.device) + self.length
-        return self._slots[1]
+    # the buffers
 
     def resized(self, capacity: int) -> "ArenaCache":
         """An empty arena of the same layers, with room for `capacity` positions."""
-        arena = ArenaCache(len(self.layers), capacity)
-        for group, buffers in zip(self._groups, self._buffers, strict=True):
-            nothing = [buffer[0][..., :0, :] for buffer in buffers]
-            arena._allocate([arena.layers[self.layers.index(layer)] for layer in group], *nothing, 0)
+        arena = ArenaCache(len(self.layers), len(self.lengths), capacity, self.spare)
+        for mine, other in zip(arena.layers, self.layers, strict=True):
+            mine.window = other.window
+        for group in self._groups:
+            layers = [arena.layers[self.layers.index(layer)] for layer in group.layers]
+            arena._allocate(layers, *(buffer[0][..., :0, :] for buffer in group.pair), 0)
         return arena
 
-    def copy_from(self, other: "ArenaCache"):
+    def copy_from(self, other: "ArenaCache") -> None:
         """Holds what `other`, an arena of the same layers, holds."""
-        self.length = other.length
-        for pair, others in zip(self._buffers, other._buffers, strict=True):
-            for buffer, old in zip(pair, others, strict=True):
-                buffer[..., : self.length, :] = old[..., : self.length, :]
+        self.lengths, self._first = list(other.lengths), {k: list(v) for k, v in other._first.items()}
+        for group, smaller in zip(self._groups, other._groups, strict=True):
+            for buffer, old in zip(group.pair, smaller.pair, strict=True):
+                held = min(old.shape[-2], buffer.shape[-2])
+                buffer[..., :held, :] = old[..., :held, :]
 
-    def clear(self):
+    def clear(self) -> None:
         """Forgets everything; the buffers stay."""
-        self.length = 0
-        for pair in self._buffers:
-            for buffer in pair:
-                buffer.zero_()
+        self.lengths, self._first = [0] * len(self.lengths), {}
+        for buffer in (buffer for group in self._groups for buffer in group.pair):
+            buffer.zero_()
 
-    def append_to(self, cache: DynamicCache):
-        """Writes the positions that `cache` lacks back into it, each layer trimming to its own window."""
-        start = cache.get_seq_length()
-        if start < self.length:
-            for index, layer in enumerate(self.layers):
-                if layer.is_initialized:
-                    cache.update(
-                        layer.keys[..., start : self.length, :], layer.values[..., start : self.length, :], index
-                    )
-
-    def keep(self, slots: Sequence[list[int]]):
-        """
-        Of the rows appended by the last forward, keeps of each sequence those at its `slots` (ascending, counted from
-        the first appended), moved together behind what it has; forgets the rest.
-        """
-        start, lengths = self.length, self.lengths
-        for sequence, (kept, length) in enumerate(zip(slots, lengths, strict=True)):
-            if kept and (length, kept) != (start, list(range(len(kept)))):
-                source = torch.tensor(kept, device=self._buffers[0][0].device) + start
-                for buffer in (buffer for pair in self._buffers for buffer in pair):
-                    moved = buffer[:, sequence].index_select(2, source.to(buffer.device))
-                    buffer[:, sequence, :, length : length + len(kept)] = moved
-        self.lengths = [length + len(kept) for length, kept in zip(lengths, slots, strict=True)]
-
-    def gather(self, slots: torch.LongTensor):
-        """[`~ArenaCache.keep`] of a single sequence, on tensors alone: `slots` is `[count]`, and `length` stays."""
-        for pair in self._buffers:
-            source = slots.to(pair[0].device) + self.length
-            target = torch.arange(len(slots), device=source.device) + self.length
-            for buffer in pair:
-                buffer.index_copy_(3, target, buffer.index_select(3, source))
-
-    def reserve(self, layer: ArenaLayer, key_states: torch.Tensor, value_states: torch.Tensor, capacity: int):
+    def reserve(self, layer: ArenaLayer, key_states: torch.Tensor, value_states: torch.Tensor, capacity: int) -> None:
         """Room for `capacity` positions in the layer and all that share its buffers."""
-        group = next((g for g in self._groups if layer in g), [layer])
-        self._allocate(group, key_states, value_states, capacity)
-
-    def _allocate(self, group: list[ArenaLayer], keys: torch.Tensor, values: torch.Tensor, capacity: int):
-        """New, larger buffers for a group of layers, shaped after `keys` and `values`; old contents are copied."""
-        if capacity < self.least_capacity:
-            capacity = self.least_capacity
-        else:
-            capacity = (max(capacity + 1, int(1.25 * capacity)) + GROWTH - 1) // GROWTH * GROWTH
-        number = self._groups.index(group) if group in self._groups else None
-        pair = tuple(x.new_zeros((len(group), *x.shape[:2], capacity, x.shape[-1])) for x in (keys, values))
+        number = next((n for n, group in enumerate(self._groups) if layer in group.layers), None)
         if number is None:
-            self._groups.append(group)
-            self._buffers.append(pair)
-        else:
-            for new, old in zip(pair, self._buffers[number], strict=True):
-                new[..., : self.length, :] = old[..., : self.length, :]
-            self._buffers[number] = pair
-        self._show(group, pair)
+            self._allocate([layer], key_states, value_states, capacity)
+            return
+        group = self._groups[number]
+        more = self._room(capacity, group.window) - group.keys.shape[-2]
+        self._groups[number] = Buffers(group.layers, *(functional.pad(b, (0, 0, 0, more)) for b in group.pair))
 
-    @staticmethod
-    def _show(group: list[ArenaLayer], pair: tuple[torch.Tensor, torch.Tensor]):
-        for layer, layer_keys, layer_values in zip(group, *pair, strict=True):
-            layer.keys, layer.values, layer.is_initialized = layer_keys, layer_values, True
-            layer.dtype, layer.device = layer_keys.dtype, layer_keys.device
+    def _allocate(self, layers: list[ArenaLayer], keys: torch.Tensor, values: torch.Tensor, capacity: int) -> None:
+        """Buffers for a group of layers, shaped after one layer's `keys` and `values`."""
+        room = self._room(capacity, layers[0].window)
+        pair = (x.new_zeros((len(layers), *x.shape[:2], room, x.shape[-1])) for x in (keys, values))
+        self._groups.append(Buffers(layers, *pair))
+
+    def _room(self, needed: int, window: int | None) -> int:
+        if needed < self._fixed_capacity(window):
+            return self._fixed_capacity(window)
+        room = (max(needed + 1, int(1.25 * needed)) + GROWTH - 1) // GROWTH * GROWTH
+        return room if window is None else min(room, max(needed, 2 * window + GROWTH))
+
+    def _fixed_capacity(self, window: int | None) -> int:
+        return self.capacity if window is None else min(self.capacity, 2 * window + self.spare)
+
+
+def _move(buffers: Sequence[torch.Tensor], paths: torch.LongTensor, source: list[int], target: list[int]) -> None:
+    """
+    Within buffers `[..., batch, heads, columns, head_dim]`, the columns `source + paths` to those from `target` on.
+
+    Args:
+        paths (`[batch or 1, count]`), source, target (`[batch]`): on the host.
+    """
+    sequences, steps = torch.arange(len(source), device="cpu")[:, None], torch.arange(paths.shape[-1], device="cpu")
+    source, target = (torch.tensor(s, device="cpu")[:, None] + add for s, add in ((source, paths), (target, steps)))
+    for device in {buffer.device for buffer in buffers}:
+        to, rows, origin = (index.to(device) for index in (target, sequences, source))
+        for buffer in buffers:
+            if buffer.device == device:
+                buffer[..., rows, :, to, :] = buffer[..., rows, :, origin, :]

@@ -31,8 +31,8 @@ class DraftState:
 
     def cut(self, pairs: int) -> None:
         """Forgets all but the first `pairs`."""
-        self.cache.length = min(self.cache.length, pairs)
-        left, kept = pairs - self.cache.length, []
+        self.cache.lengths = [min(self.cache.longest, pairs)]
+        left, kept = pairs - self.cache.longest, []
         for features, tokens in self.unread:
             kept.append((features[:, :left], tokens[:, :left]))
             left -= kept[-1][1].shape[1]
@@ -41,7 +41,7 @@ class DraftState:
 
 def keep(cache: DynamicCache, draft: FSPADDraftModel, state: DraftState) -> None:
     """Remembers `state` for the next call with this cache and draft, for as long as the cache lives."""
-    if state.cache.length + sum(tokens.shape[1] for _, tokens in state.unread) == len(state.ids) - 1:
+    if state.cache.longest + sum(tokens.shape[1] for _, tokens in state.unread) == len(state.ids) - 1:
         _read.of(cache)[weakref.ref(draft)] = state
 
 

@@ -15,10 +15,11 @@ from ..speculation_config import SpeculationConfig
 from . import continuation
 from .costs import costs_of
 from .drafting import Drafter
-from .graphs import make_rounds
+from .graphs import counted_call, graphs_of
 from .probe import probe
+from .rounds import Rounds
 from .tuning import trees_of
-from .verification import NoiseQueue, TokenEmitter, processors_of
+from .verification import NoiseQueue, TokenEmitter, is_by_row, processors_of
 
 logger = logging.get_logger(__name__)
 
@@ -91,21 +92,26 @@ def tree_decoding(
     """
     found, batch = probe(model), len(input_ids)
     target = found.view(model)
+    judges = StoppingCriteriaList([c for c in stopping_criteria if batch > 1 and not is_by_row(c)])
+    criteria = StoppingCriteriaList([c for c in stopping_criteria if is_by_row(c)]) if judges else stopping_criteria
     noise = None
     if generation_config.do_sample:
-        noise = NoiseQueue(input_ids.device, target.text_config.vocab_size, batch)
-    criteria, own_streamer = stopping_criteria, streamer if batch == 1 else None
-    emitters = []
+        noise = NoiseQueue(input_ids.device, target.text_config.vocab_size, batch, bool(judges))
+    own_streamer, emitters = streamer if batch == 1 else None, []
     for number, ids in enumerate(input_ids):
         processors = processors_of(logits_processor, number, batch)
-        emitters.append(TokenEmitter(ids[None], processors, criteria, generation_config, own_streamer, noise, number))
+        own = processors, criteria, generation_config, own_streamer, noise, number, bool(judges)
+        emitters.append(TokenEmitter(ids[None], *own))
     settings = settings_of_call(draft, target.device, generation_config, batch)
-    drafter = Drafter(draft, target, logits_processor, noise, settings)
+    drafter = Drafter(draft, target, logits_processor, settings, batch)
     lengths: list[list[int]] = [[] for _ in emitters]
-    together = Lockstep(emitters, padding_of(generation_config), streamer) if batch > 1 else None
+    together = None
+    if batch > 1:
+        together = Lockstep(emitters, input_ids, padding_of(generation_config), streamer, judges, noise)
 
     read = continuation.take(model_kwargs.get(CACHE), draft, input_ids) if batch == 1 else None
     with ExitStack() as stack:
+        stack.enter_context(counted_call())
         stack.enter_context(target.listening())
         outputs, features = target.prefill(input_ids, generation_config, model_kwargs)
         prefill_cache = outputs[CACHE]
@@ -116,15 +122,15 @@ def tree_decoding(
         if not all(emitter.finished for emitter in emitters):
             prompt, offsets = _prompt_layout(input_ids, model_kwargs)
             on_round = getattr(streamer, "on_round", None) if batch == 1 else None
-            wanted = batch == 1 or generation_config.return_dict_in_generate
-            wanted = wanted or getattr(prefill_cache, "_is_user_defined", False)
-            rounds = make_rounds(
-                target, drafter, emitters, prefill_cache, features, prompt, offsets, on_round, wanted
+            wanted = generation_config.return_dict_in_generate or getattr(prefill_cache, "_is_user_defined", False)
+            rounds = Rounds(
+                target, drafter, emitters, noise, prefill_cache, features, prompt, offsets, on_round, bool(wanted),
+                graphs_of(target, drafter, features.dtype, batch),
             )  # fmt: skip
             stack.callback(rounds.close)
             if read is not None:
                 rounds.go_on(read)
-            costs = costs_of(target, draft, batch, rounds.captured) if settings.tree == "auto" else None
+            costs = costs_of(target, draft, batch, rounds.graphs is not None) if settings.tree == "auto" else None
             trees = trees_of(settings, costs)
         if together is not None:
             together.publish()
@@ -140,15 +146,15 @@ def tree_decoding(
                     lengths[emitter.sequence].append(len(path))
             if together is not None:
                 together.publish()
-        if rounds is not None and batch > 1 and rounds.is_whole:
+        if rounds is not None and batch > 1 and rounds.cache_is_wanted:
             rounds.settle(padding_of(generation_config))
-        if lengths[0] and batch == 1 and prompt.all() and not rounds.captured:
+        if lengths[0] and batch == 1 and prompt.all() and rounds.graphs is None:
             state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.unread[0])
             continuation.keep(prefill_cache, draft, state)
 
     if streamer is not None:
         streamer.end()
-    sequences = emitters[0].input_ids if together is None else together.sequences(input_ids)
+    sequences = emitters[0].input_ids if together is None else together.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
     return FSPADGenerateOutput(
@@ -166,27 +172,45 @@ class Lockstep:
 
     Args:
         streamer: is given each step's tokens, as soon as all sequences have them.
+        judges: criteria that see all sequences at once. A sequence that they end may have gone on meanwhile.
+        noise: of a call that samples.
     """
 
-    def __init__(self, emitters: Sequence[TokenEmitter], padding: int, streamer=None):
-        self.emitters, self.padding, self.streamer, self.steps = list(emitters), padding, streamer, 0
+    def __init__(
+        self, emitters: Sequence[TokenEmitter], input_ids: torch.LongTensor, padding: int, streamer=None,
+        judges: StoppingCriteriaList | None = None, noise: NoiseQueue | None = None,
+    ):  # fmt: skip
+        self.emitters, self.input_ids, self.padding = list(emitters), input_ids, padding
+        self.streamer, self.judges, self.noise, self.steps = streamer, judges, noise, 0
 
     def publish(self):
-        if self.streamer is None:
-            return
-        going = [len(emitter.emitted) for emitter in self.emitters if not emitter.finished]
-        longest = max(len(emitter.emitted) for emitter in self.emitters)
-        for step in range(self.steps, min(going, default=longest)):
-            self.streamer.put(torch.tensor([row[step] for row in self._padded(longest)], device="cpu"))
+        while (self.streamer is not None or self.judges) and self.steps < self._complete():
             self.steps += 1
+            if self.streamer is not None:
+                self.streamer.put(torch.tensor([row[-1] for row in self._padded(self.steps)], device="cpu"))
+            if self.judges:
+                self._judge()
 
-    def sequences(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """`[batch, longest]`."""
-        longest = max(len(emitter.emitted) for emitter in self.emitters)
-        return torch.cat((input_ids, input_ids.new_tensor(self._padded(longest))), dim=1)
+    def _judge(self):
+        done = self.judges(self.sequences(self.steps), None).tolist()
+        for emitter, ends in zip(self.emitters, done, strict=True):
+            if ends and len(emitter.emitted) >= self.steps:
+                emitter.cut(self.steps)
+        if self.noise is not None:
+            self.noise.follow(self.steps)
 
-    def _padded(self, length: int) -> list[list[int]]:
-        return [e.emitted + [self.padding] * (length - len(e.emitted)) for e in self.emitters]
+    def _complete(self) -> int:
+        """The steps of which all tokens are known."""
+        going = [len(emitter.emitted) for emitter in self.emitters if not emitter.finished]
+        return min(going, default=max(len(emitter.emitted) for emitter in self.emitters))
+
+    def sequences(self, steps: int | None = None) -> torch.LongTensor:
+        """`[batch, length]`, all of them or as they were after so many steps."""
+        steps = max(len(emitter.emitted) for emitter in self.emitters) if steps is None else steps
+        return torch.cat((self.input_ids, self.input_ids.new_tensor(self._padded(steps))), dim=1)
+
+    def _padded(self, steps: int) -> list[list[int]]:
+        return [e.emitted[:steps] + [self.padding] * (steps - len(e.emitted)) for e in self.emitters]
 
 
 def padding_of(generation_config) -> int:

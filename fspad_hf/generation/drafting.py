@@ -20,9 +20,8 @@ from ..speculation_config import SpeculationConfig
 from .cache import ArenaCache
 from .remembered import Remembered
 from .target import Target
-from .tree import CandidateTree, GrownTrees, TreeShape
+from .tree import CandidateTree, GrownTrees, TreeShape, additive_mask
 from .twin import twin
-from .verification import NoiseQueue
 
 # Functions of the scores alone, so the draft's distribution can be put through them as the target's is.
 STATIC_WARPERS = (
@@ -34,14 +33,14 @@ LARGE = 1e30
 
 class Drafter:
     """
-    One call's draft: reads the text ([`~Drafter.accept`]) and grows trees behind it ([`~Drafter.grow`]).
+    One call's draft: reads the text ([`~Drafter.read`]) and grows trees behind it ([`~Drafter.grow`]).
 
     Args:
         draft: the draft; if its dtype or device is not the features', a copy that is.
         target: the call's view of the target.
         logits_processor: the call's processors, of which the static warpers shape coupled drafting.
-        noise: the coming draws; `None` drafts uncoupled.
         settings: resolved; by default the draft's.
+        texts: how many.
     """
 
     def __init__(
@@ -49,32 +48,33 @@ class Drafter:
         draft: FSPADDraftModel,
         target: Target,
         logits_processor: LogitsProcessorList | None = None,
-        noise: NoiseQueue | None = None,
         settings: SpeculationConfig | None = None,
+        texts: int = 1,
     ):
         self.settings = settings or draft.speculation_settings(target.device)
         self.target = target
         self.draft = draft
         self.warpers = LogitsProcessorList(p for p in logits_processor or () if type(p) in STATIC_WARPERS)
-        self.noise = noise if self.settings.coupled_drafting else None
-        self.cache = ArenaCache(num_layers=1)
+        self.cache = ArenaCache(num_layers=1, sequences=texts)
         self._network: FSPADDraftModel | None = None  # what runs: the twin of the draft
-        self._last: FSPADDraftOutput | None = None  # of the pair read last, whose token is the next tree's root
+
+    def accept(
+        self, features: torch.Tensor, tokens: torch.LongTensor, counts: Sequence[int] | None = None
+    ) -> FSPADDraftOutput:
+        """[`~Drafter.read`] behind all that was read before; of each text only the first `counts` pairs, or all."""
+        out = self.read(features, tokens, self.cache.behind(self.target.device))
+        self.cache.advance(counts or [tokens.shape[1]] * len(tokens))
+        return out
 
     @torch.no_grad()
-    def accept(
-        self, features: torch.Tensor, tokens: torch.LongTensor, counts: list[int] | torch.LongTensor | None = None
-    ) -> FSPADDraftOutput:
+    def read(self, features: torch.Tensor, tokens: torch.LongTensor, lengths: torch.LongTensor) -> FSPADDraftOutput:
         """
-        Takes in true pairs (f_t, token t+1), the last token of a text being its next tree's root.
-
-        The draft's keys and values of accepted tokens are always made from the target's own features here; those a
-        tree was grown on are gone.
+        Reads true pairs (f_t, token t+1). The draft's keys and values of accepted tokens are always made from the
+        target's own features here; those a tree was grown on are gone.
 
         Args:
             features (`[texts, new, hidden]`), tokens (`[texts, new]`).
-            counts: how many of the pairs there are of each text, the rest being padding; a tensor `[1]` for a graph,
-                of a single text; `None` is all.
+            lengths (`[texts, 1]`): how many pairs of each text were read before.
 
         Returns:
             The draft's outputs of these pairs.
@@ -82,91 +82,52 @@ class Drafter:
         if self._network is None:
             self.draft = matched(self.draft, features)
             self._network = twin(self.draft)
-        texts, new = tokens.shape
-        if texts > 1 and len(self.cache.lengths) != texts:
-            self.cache.lengths = [0] * texts
-        start, device, batched = self.cache.length, self.draft.device, len(self.cache.lengths) > 1
-        lengths = torch.tensor(self.cache.lengths, device=device)[:, None] if batched else start
-        steps = torch.arange(new, device=device)
-        places, mask = (steps + lengths).expand(texts, -1), None
-        causal = self.draft.config._attn_implementation == "sdpa"  # from the beginning on, without a mask
-        if self.cache.is_fixed or (start and (new > 1 or batched)) or (new > 1 and not causal):
-            columns = torch.arange(self.cache.width(new), device=device)
-            visible = columns <= steps[:, None] + start
-            if batched:  # between what a text has and its new pairs there may be columns of longer texts
-                visible = visible & ((columns < lengths) | (columns >= start))[:, None]
-            mask = additive_mask(visible, self.draft.dtype)
-        out = self._step(tokens, features, places, mask)
-        if isinstance(counts, torch.Tensor):
-            self.cache.length, last = start + counts, counts - 1
-            self._last = FSPADDraftOutput(out.logit_features[:, last], out.features[:, last])
-            return out
-        counts = counts or [new] * texts
-        self.cache.keep([list(range(count)) for count in counts])
-        each, last = slice(None), new - 1
-        if batched:
-            each, last = torch.arange(texts, device=device), torch.tensor(counts, device=device) - 1
-        read = FSPADDraftOutput(out.logit_features[each, last][:, None], out.features[each, last][:, None])
-        if self._last is not None and not all(counts):  # of a text that waits, what was read before
-            new = torch.tensor(counts, device=device)[:, None, None] > 0
-            read = FSPADDraftOutput(
-                torch.where(new, read.logit_features, self._last.logit_features),
-                torch.where(new, read.features, self._last.features),
-            )
-        self._last = read
-        return out
+        (texts, new), cache, lengths = tokens.shape, self.cache, lengths.to(self.draft.device)
+        places, before = lengths + torch.arange(new, device=self.draft.device), cache.longest
+        cache.place(lengths, before + new)
+        causal, mask = self.draft.config._attn_implementation == "sdpa", None  # from the beginning on, without a mask
+        if cache.is_fixed or (before and (new > 1 or texts > 1)) or (new > 1 and not causal):
+            columns = torch.arange(cache.width(), device=self.draft.device)
+            mask = additive_mask(columns <= places[..., None], self.draft.dtype)
+        return self._step(tokens, features, places, mask)
 
-    def select(self, texts: list[int]) -> None:
-        """Goes on with these of the texts."""
-        self.cache.select(texts)
-        if self._last is not None:
-            self._last = FSPADDraftOutput(self._last.logit_features[texts], self._last.features[texts])
-
-    def grow(self, roots: torch.LongTensor, shape: TreeShape, sequences: Sequence[int] = (0,)) -> CandidateTree:
+    def grow(
+        self, read: FSPADDraftOutput, ends: torch.LongTensor, roots: torch.LongTensor, shape: TreeShape,
+        noise: torch.Tensor | None = None,
+    ) -> CandidateTree:  # fmt: skip
         """
-        Grows trees of at most `shape.depth` levels below `roots` (`[texts, 1]`) and keeps their best nodes.
+        Grows a tree behind each text and keeps its best nodes, with padding where there are fewer than `shape` wants.
 
         Level 1 is a root's top k children. Of each level the k best nodes are expanded by one batched draft step, k
         children each; at the end the best of all nodes by cumulative log-confidence are kept.
 
         Args:
-            sequences: the numbers of the texts in the batch, by which their noise is found.
-        """
-        if shape.depth < 1:
-            return CandidateTree.root(roots)
-        noise = self.noise.peek(shape.depth, sequences) if self.noise is not None else None
-        return self.grow_padded(roots.to(self.draft.device), shape, noise).trimmed()
-
-    def grow_padded(self, roots: torch.LongTensor, shape: TreeShape, noise: torch.Tensor | None) -> CandidateTree:
-        """
-        [`~Drafter.grow`] without a look at any value, so that a graph can hold it: where there are fewer nodes than
-        `shape` wants, the rest is padding.
-
-        Args:
+            read: the draft's outputs of the last pair of each text, `[texts, 1, hidden]`.
+            ends (`[texts, 1]`): the pairs that each text has.
+            roots (`[texts, 1]`): the last tokens.
             noise (`[depth, texts, V]`): of the coming draws; `None` drafts uncoupled.
         """
-        if len(self.cache.lengths) > 1:
-            lengths = torch.tensor(self.cache.lengths, device=self.draft.device)[:, None]
-        else:
-            lengths = torch.zeros(1, 1, dtype=torch.long, device=self.draft.device) + self.cache.length
-        return self.grow_at(self._last, lengths - 1, shape, noise).best(roots)
+        return self.grow_at(read, ends - 1, shape, noise, ends).best(roots)
 
     @torch.no_grad()
     def grow_at(
-        self, read: FSPADDraftOutput, at: torch.LongTensor, shape: TreeShape, noise: torch.Tensor | None
-    ) -> GrownTrees:
+        self, read: FSPADDraftOutput, at: torch.LongTensor, shape: TreeShape, noise: torch.Tensor | None,
+        ends: torch.LongTensor | None = None,
+    ) -> GrownTrees:  # fmt: skip
         """
         All nodes of the trees whose roots are the tokens of the pairs `at`, side by side: a tree's nodes see the text
-        up to its root, and of the nodes their own ancestors.
+        up to its root, and of the nodes their own ancestors. Waits for no value, so that a graph can hold it.
 
         Args:
             read: the draft's outputs of these pairs, `[texts, trees, hidden]`.
-            at (`[texts, trees]`): where these pairs are in the texts that were accepted.
+            at (`[texts, trees]`): where these pairs are in the texts that were read.
             shape: of every tree; its depth is 1 or more.
             noise (`[depth, texts * trees, V]`): of each tree's coming draws; `None` drafts uncoupled.
+            ends (`[texts, 1]`): the pairs that each text has; `None` is as many as the cache holds.
         """
         depth, k, total, _ = shape
-        device, start, (texts, trees) = self.draft.device, self.cache.length, at.shape
+        device, reach, (texts, trees) = self.draft.device, self.cache.reach, at.shape
+        ends = self.cache.behind(device) if ends is None else ends
         each = torch.arange(texts * trees, device=device)[:, None]
         scores, tokens = self._children(read.logit_features.flatten(0, 1)[:, None], k, noise, 0)
         scores, tokens = scores[:, 0], tokens[:, 0]  # [texts * trees, k], as all of the frontier
@@ -174,18 +135,18 @@ class Drafter:
         nodes = torch.arange(1, k + 1, device=device).expand(texts * trees, k)
         own, itself = (torch.eye(size, dtype=torch.bool, device=device) for size in (trees, k))
         seen = itself.new_zeros(texts * trees, k, 0, k)  # which nodes of the levels above each of them sees
-        levels, grown = [(tokens, torch.zeros_like(nodes), scores)], k
+        levels, grown, rows = [(tokens, torch.zeros_like(nodes), scores)], k, trees * k
 
         for level in range(1, depth):
             seen = torch.cat((seen, itself[:, None].expand(texts * trees, k, 1, k)), dim=2)
-            self.cache.length = start + (level - 1) * trees * k  # append after the levels above
-            columns = torch.arange(self.cache.width(trees * k), device=device)
-            of_nodes = torch.arange(level * trees * k, device=device) + start
+            self.cache.place(ends + (level - 1) * rows, reach + level * rows)  # behind the levels above
+            columns = torch.arange(self.cache.width(), device=device)
+            of_nodes = ends + torch.arange(level * rows, device=device)
             text = (columns <= at[..., None]).repeat_interleave(k, dim=1)  # [texts, trees * k, columns]
             among = seen.view(texts, trees, k, level, 1, k) & own[:, None, None, :, None]
-            mask = text.index_copy_(2, of_nodes, among.view(texts, trees * k, -1))
+            mask = text.scatter_(2, of_nodes[:, None].expand(-1, rows, -1), among.reshape(texts, rows, -1))
             out = self._step(
-                tokens.view(texts, -1), features.reshape(texts, trees * k, -1),
+                tokens.view(texts, -1), features.reshape(texts, rows, -1),
                 (at + level).repeat_interleave(k, dim=1), additive_mask(mask, self.draft.dtype),
             )  # fmt: skip
             confidences, children = self._children(out.logit_features.view(texts * trees, k, -1), k, noise, level)
@@ -196,7 +157,7 @@ class Drafter:
             scores, tokens, nodes = below.gather(1, best), children.flatten(1).gather(1, best), 1 + grown + best
             features, seen = out.features.view(texts * trees, k, -1)[each, parents], seen[each, parents]
             grown += k * k
-        self.cache.length = start  # the trees' rows were made from drafted features: drop them
+        self.cache.reach = reach  # the trees' rows were made from drafted features and do not count
 
         depths = torch.cat([torch.full_like(part[0][0], level + 1) for level, part in enumerate(levels)])
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
@@ -242,10 +203,22 @@ def coupled_scores(scores: torch.Tensor, noise: torch.Tensor, sharpness: float, 
     return kappa * (sharpness * scores - noise.clamp(min=torch.finfo(noise.dtype).tiny).log())
 
 
-def additive_mask(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
-    """`[queries, keys]` or `[rows, queries, keys]` bool to `[rows, 1, queries, keys]` float."""
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min).view(-1, 1, *mask.shape[-2:])
+def latest(
+    out: FSPADDraftOutput, counts: torch.LongTensor, before: FSPADDraftOutput | None = None
+) -> FSPADDraftOutput:
+    """
+    The outputs of each text's last pair, `[texts, 1, hidden]`.
+
+    Args:
+        counts (`[texts, 1]`): how many of the pairs there are of each text; where there are none, it is `before`'s.
+    """
+
+    def last(parts: torch.Tensor, old: torch.Tensor | None) -> torch.Tensor:
+        at = (counts - 1).clamp(min=0)[..., None].expand(-1, -1, parts.shape[-1])
+        return parts.gather(1, at) if old is None else torch.where(counts[..., None] > 0, parts.gather(1, at), old)
+
+    old = (None, None) if before is None else (before.logit_features, before.features)
+    return FSPADDraftOutput(last(out.logit_features, old[0]), last(out.features, old[1]))
 
 
 _copies = Remembered()

@@ -1,360 +1,346 @@
-"""The rounds of a call as CUDA graphs: the very steps that run eagerly elsewhere, recorded once and replayed.
+"""The steps of a round as CUDA graphs: the very functions that run eagerly elsewhere, recorded once and replayed.
 
-A round is three replays and one wait for the device:
-
-    draft    the draft reads the accepted tokens and grows its tree
-    verify   the target's forward over the tree and, if nothing of the user's has a say in it, the walk
-    keep     both caches and the features are left with the path
-
-Everything between them (processors of the user's, criteria, the streamer) sees each token as ever. A graph freezes
-shapes, addresses and whatever Python decides; so lengths come as tensors, attention sees whole buffers behind a mask,
-and a replay is compared with the eager forward before it is trusted.
+Nothing here knows what a step does. It is a function of tensors that reads and writes two caches and may be run as
+often as one likes. A graph freezes shapes, addresses and whatever Python decides, so a step is first rehearsed, then
+recorded on inputs of its own, and where that can be done a replay is compared with the step before it is trusted.
 """
 
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from packaging.version import Version
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.generation import EtaLogitsWarper
 from transformers.utils import logging
 
+from ..modeling_fspad import FSPADDraftModel
 from .cache import ArenaCache
-from .capturing import CAPTURABLE_WARPERS, Rehearsal, addresses, capture, pair_key, why_no_graphs
-from .drafting import Drafter
-from .rounds import Rounds
+from .capturing import Rehearsal, capture
+from .drafting import STATIC_WARPERS, Drafter
+from .probe import foreign_hooks
+from .remembered import Remembered
 from .target import Target
-from .tree import CandidateTree, TreeShape
-from .verification import TokenEmitter, settings_of, walk_ahead
-from .workspace import Graph, Workspace, WorkspacePool
+from .tree import TreeShape
+from .verification import is_plain
 
 logger = logging.get_logger(__name__)
 
+CAPTURABLE_WARPERS = tuple(
+    warper for warper in STATIC_WARPERS if warper is not EtaLogitsWarper
+)  # which looks at values
 SMALLEST_BUCKET = 512  # positions; each bucket is twice the one before
-TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest logit; what rounding explains
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the largest value; what rounding explains
 HALF_TOLERANCE = 0.1
+IDLE_WORKSPACES = 2  # kept for the next call
+KINDS = 64  # graphs that a bucket keeps
+BREAKS_DRAWS = Version(torch.__version__).release < (2, 13)  # a capture, of other threads' draws on the device
 
 
 @dataclass
-class Plan:
-    """
-    How a round is captured.
+class Graph:
+    """A recorded step: what it reads, what replays it, and the tensors that each replay overwrites."""
 
-    Args:
-        shape: of its tree.
-        noise: the draft sees the noise of the coming draws.
-        ahead: the walk is captured too.
-        frozen: whatever else of the call its graphs hold.
-        nodes: what a captured walk visited.
-        tree_at: where the tree's tensors are, which a graph has frozen.
-    """
+    inputs: Sequence[torch.Tensor | None]
+    replay: Callable[[], None]
+    outputs: Any
 
-    shape: TreeShape
-    noise: bool
-    ahead: bool
-    frozen: tuple = ()
-    nodes: list[int] = field(default_factory=list)
-    tree_at: int = 0
-
-    @property
-    def kind(self) -> tuple:
-        """Rounds of one kind share their graphs."""
-        return self.shape, self.noise, self.ahead, self.frozen
-
-    @property
-    def rows(self) -> int:
-        """The most tokens that the round can draw, and rows that it can keep."""
-        return 1 + self.shape.levels
+    def __call__(self, inputs: Sequence[torch.Tensor | None]) -> Any:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if mine is not None and mine.data_ptr() != given.data_ptr():
+                mine.copy_(given, non_blocking=True)
+        self.replay()
+        return self.outputs
 
 
-class GraphRounds(Rounds):
-    """
-    [`Rounds`] whose steps are replays. A round that cannot be one runs eagerly, on the same buffers.
+@dataclass
+class Bucket:
+    """Caches for texts up to some length, and the graphs that read and write them."""
 
-    Args:
-        pool: where workspaces come from.
-        key: of the pair, see [`pair_key`].
-    """
-
-    captured = True
-
-    def __init__(self, *args, pool: WorkspacePool, key: tuple, **kwargs):
-        self.pool, self.key, self.workspace, self.plan = pool, key, None, None
-        super().__init__(*args, **kwargs)
-        emitter, model = self.emitters[0], self.target.model
-        static = all(type(p) in CAPTURABLE_WARPERS for p in emitter.logits_processor)
-        self.can_walk = static and emitter.scores is None and emitter.raw_logits is None
-        self.can_draft = all(type(warper) in CAPTURABLE_WARPERS for warper in self.drafter.warpers)
-        # code that runs between the tokens, and may change what a graph has frozen
-        self.is_watched = not (static and emitter.plain_criteria and emitter.streamer is None)
-        self.addresses = addresses(model, self.drafter.draft) if self.is_watched else None
-        self.is_cut = False  # the shape wanted is too deep here
-
-    def make_arena(self) -> ArenaCache:
-        settings, length = self.drafter.settings, self.cache.get_seq_length()
-        capacity = self._bucket(length, TreeShape.of(settings))
-        found = self.pool.take(self.key, capacity, self.target.model)
-        if found is None:
-            found = self._workspace(ArenaCache.from_dynamic(self.cache, capacity))
-        else:
-            found.arena.load(self.cache)
-        self._use(found)
-        return found.arena
-
-    @property
-    def emitter(self) -> TokenEmitter:
-        return self.emitters[0]
-
-    def close(self):
-        super().close()
-        self.pool.put(self.workspace, self.target.model)
-
-    def limit(self, shape: TreeShape, max_length: int) -> TreeShape:
-        """Near `max_length` a tree of the usual shape costs less than the graphs of another would."""
-        limited = super().limit(shape, None)
-        self.is_cut = limited != shape
-        return super().limit(shape, max_length) if self.is_cut else shape
-
-    def begin(self, shape: TreeShape):
-        if self._bucket(self.arena.length, shape) > self.workspace.capacity:
-            self._enlarge(shape)
-        self.plan = None if self.is_cut or not self.can_draft else self._plan(shape)
-        self.emitter.settings = None
-        if self.plan is not None and self.plan.ahead and self.is_watched:
-            self.emitter.settings = settings_of(self.emitter.logits_processor)
-
-    def _plan(self, shape: TreeShape) -> Plan | None:
-        if self.is_watched and addresses(self.target.model, self.drafter.draft) != self.addresses:
-            return None
-        noise, settings = self.emitter.noise, self.drafter.settings
-        rows = noise.peek(1 + max(shape.depth, shape.lookup)) if noise is not None else None
-        if rows is not None:
-            self.workspace.noise[: len(rows)] = rows[:, 0]
-        ahead = self.can_walk and (noise is None or rows is not None)
-        sampled, warpers = noise is not None, settings_of(self.drafter.warpers)
-        frozen = sampled, settings.coupling_kappa, settings.coupling_sharpness, warpers
-        plan = Plan(shape, rows is not None and self.drafter.noise is not None, ahead, frozen)
-        self.target._head_rows = self.workspace.head_rows
-        return None if (self.key, plan.kind) in self.pool.refused else plan
-
-    def accept(self):
-        if self.plan is None:
-            return super().accept()
-        workspace, most = self.workspace, self.workspace.rows
-        features, tokens, _ = self.all_unread()
-        early = max(tokens.shape[1] - most, 0)
-        if early:
-            self.drafter.accept(features[:, :early], tokens[:, :early])
-        features, tokens = features[:, early:], tokens[:, early:]
-        if features.data_ptr() != workspace.features.data_ptr():
-            workspace.features[:, : features.shape[1]] = features
-        self.unread = [[(features, tokens)]]  # until the graph has read it
-
-    def grow(self, shape: TreeShape, chains: Sequence[Sequence[int]] = ()) -> CandidateTree:
-        plan, workspace = self.plan, self.workspace
-        if plan is None:
-            return super().grow(shape, chains)
-        start = self.drafter.cache.length
-        tokens = self.unread[0][0][1][0].tolist() if shape.depth else self.emitter.emitted[-1:]
-        workspace.write_state(start, self.arena.length, self.position(), tokens, chains[0] if chains else ())
-        if not shape.depth and not shape.lookup:
-            return workspace.root
-        drafted = self._replayed("draft", self._draft, self.drafter.warpers, workspace.head_rows)
-        if drafted is None:  # it could not be captured
-            if shape.depth:
-                super().accept()
-            return super().grow(shape, chains)
-        if shape.depth:
-            self.unread = [[]]
-            self.drafter.cache.length = start + len(tokens)
-        return drafted.outputs
-
-    def verify(self, tree: CandidateTree):
-        plan = self.plan
-        if plan is None:
-            return super().verify(tree)
-        name = "walk" if plan.ahead else "verify"
-        known, plan.tree_at = self.workspace.graphs(plan.kind), tree.tokens.data_ptr()
-        expected = None if (name, plan.tree_at) in known else super().verify(tree.clone())[0]
-        held = self.emitter.logits_processor if plan.ahead else None  # the user's own may hold anything
-        verified = self._replayed(name, lambda: self._verify(tree), tree, held)
-        if verified is not None and expected is not None:
-            difference = _difference(verified.outputs[0], expected)
-            if difference is not None:
-                known.clear()
-                self._refuse(f"a replay's logits are off by {difference}")
-        if self.plan is None:
-            return super().verify(tree)  # once more: the attempt has overwritten the caches' rows
-        logits, features, drawn = verified.outputs
-        ahead = ()
-        if plan.ahead:
-            count, sound, *drawn = drawn.tolist()  # the round's one wait for the device
-            plan.nodes = drawn[:count] if sound else []
-            ahead = tuple(zip(plan.nodes, drawn[len(drawn) // 2 :], strict=False))
-        return logits, features, ahead
-
-    def keep(self, paths: list[list[int]], features: torch.Tensor):
-        plan, workspace, path = self.plan, self.workspace, paths[0]
-        if plan is None:
-            return super().keep(paths, features)
-        self._own_unread()  # plain steps before this one
-        if path != plan.nodes[: len(path)]:
-            workspace.path[: plan.rows] = torch.tensor(path + [0] * (plan.rows - len(path)), device="cpu")
-        if self._replayed("keep", lambda: self._keep(features)) is None:
-            self.arena.gather(torch.tensor(path, device=workspace.path.device))
-            workspace.features[:, : len(path)] = features[:, path]
-        self.arena.length += len(path)
-        self.unread[0].append((workspace.features[:, : len(path)], self.last_tokens(0, len(path))))
-
-    def _own_unread(self):
-        self.unread = [[(self._own(features), tokens) for features, tokens in self.unread[0]]]
-
-    def _own(self, features: torch.Tensor) -> torch.Tensor:
-        """A copy of what the next replay would overwrite."""
-        return features.clone() if features.data_ptr() == self.workspace.features.data_ptr() else features
-
-    def _draft(self) -> CandidateTree:
-        workspace, plan, tree = self.workspace, self.plan, self.workspace.root
-        if plan.shape.depth:
-            self.drafter.accept(workspace.features, workspace.tokens, workspace.count)
-            root = workspace.tokens[:, workspace.count - 1]
-            noise = workspace.noise[: plan.shape.depth, None] if plan.noise else None
-            tree = self.drafter.grow_padded(root, plan.shape, noise)
-        lookup = plan.shape.lookup
-        return tree.grafted(workspace.chain[:lookup], workspace.chain_count) if lookup else tree
-
-    def _verify(self, tree: CandidateTree):
-        workspace, plan, drawn = self.workspace, self.plan, None
-        logits, features = self.target.verify(tree, self.arena, workspace.prefix, workspace.position)
-        if plan.ahead:
-            rows = workspace.noise if self.emitter.noise is not None else None
-            drawn = walk_ahead(tree, logits, self.emitter.logits_processor, rows, plan.rows - 1)
-            workspace.path[: plan.rows] = drawn[2 : 2 + plan.rows]
-        return logits, features, drawn
-
-    def _keep(self, features: torch.Tensor):
-        path = self.workspace.path[: self.plan.rows]
-        self.arena.gather(path)
-        self.workspace.features[:, : self.plan.rows] = features[:, path]
-
-    def _replayed(self, name: str, step: Callable[[], Any], *keep_alive) -> Graph | None:
-        """Replays the graph of `step`, having captured it if there is none; without success the plan is given up."""
-        known, key = self.workspace.graphs(self.plan.kind), (name, self.plan.tree_at if name != "draft" else 0)
-        if key not in known:
-            try:
-                self._rehearse(name, step)
-                with self._fixed():
-                    captured = capture(step, self.target.device, self.workspace.memory)
-            except (RuntimeError, NotImplementedError) as error:
-                self._refuse(f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}")
-                return None
-            known[key] = Graph(*captured, keep_alive)
-        known[key].replay()
-        return known[key]
-
-    def _rehearse(self, name: str, step: Callable[[], Any]):
-        """Runs the step once; but for "keep", which moves rows, a step may be run as often as one likes."""
-        path = self.workspace.path
-        before = path.clone()
-        if name == "keep":
-            path.copy_(torch.arange(len(path), device=path.device))
-        with self._fixed(), Rehearsal(self.target.device):
-            step()
-        path.copy_(before)
+    arena: ArenaCache
+    draft_cache: ArenaCache
+    graphs: OrderedDict[tuple, Graph] = field(default_factory=OrderedDict)
+    inputs: dict[tuple, torch.Tensor] = field(default_factory=dict)  # shared by graphs of like inputs
 
     @contextmanager
-    def _fixed(self):
-        """Lengths are tensors inside."""
-        workspace, cache = self.workspace, self.drafter.cache
-        lengths = self.arena.length, cache.length
-        self.arena.length, cache.length = workspace.length, workspace.draft_length
+    def fixed(self) -> Iterator[None]:
+        self.arena.is_fixed = self.draft_cache.is_fixed = True
         try:
             yield
         finally:
-            self.arena.length, cache.length = lengths
+            self.arena.is_fixed = self.draft_cache.is_fixed = False
 
-    def _refuse(self, reason: str):
-        self.pool.refused[self.key, self.plan.kind] = reason
-        self.plan = None
-        logger.warning_once(f"The rounds of {type(self.target.model).__name__} run without CUDA graphs: {reason}")
-
-    def _bucket(self, length: int, shape: TreeShape) -> int:
-        """The capacity for a round behind `length` tokens: no more than twice of what it needs."""
-        read = 1 + _longest(self.drafter.settings)
-        needed = length + max(read + max(shape.depth - 1, 0) * shape.top_k, shape.rows) + 1
-        return max(SMALLEST_BUCKET, 1 << (needed - 1).bit_length())
-
-    def _enlarge(self, shape: TreeShape):
-        small, capacity = self.workspace, self._bucket(self.arena.length, shape)
-        found = self.pool.take(self.key, capacity, self.target.model)
-        if found is None:
-            found = self._workspace(self.arena.resized(capacity))
-        found.arena.copy_from(small.arena)
-        found.draft_cache.copy_from(small.draft_cache)
-        self._own_unread()
-        self._use(found)
-        self.arena = found.arena
-        self.pool.put(small, self.target.model)
-
-    def _workspace(self, arena: ArenaCache) -> Workspace:
-        draft, settings, device = self.drafter.draft, self.drafter.settings, self.target.device
-        config = draft.config
-        cache = ArenaCache(1, arena.capacity)
-        nothing = torch.zeros(1, config.num_key_value_heads, 0, config.head_dim, dtype=draft.dtype, device=device)
-        cache.layers[0].lazy_initialization(nothing, nothing)
-        vocab_size = self.target.text_config.vocab_size
-        return Workspace(
-            self.key, arena, cache, _longest(settings), settings.tree_lookup_tokens, config.hidden_size, vocab_size,
-            draft.dtype, device,
-        )  # fmt: skip
-
-    def _use(self, workspace: Workspace):
-        self.workspace, self.drafter.cache = workspace, workspace.draft_cache
-        workspace.start(self.prompt)
-        ids = self.drafter.draft.draft_vocab_ids
-        if ids is not None:  # the target's head may have changed since the last call
-            fresh = self.target.take_head_rows(ids)
-            if workspace.head_rows is None:
-                workspace.head_rows = fresh
-            elif fresh is not None:
-                for mine, new in zip(workspace.head_rows, fresh, strict=True):
-                    if mine is not None:
-                        mine.copy_(new)
+    def own(self, name: str, number: int, given: torch.Tensor | None) -> torch.Tensor | None:
+        if given is None:
+            return None
+        key = name, number, given.shape, given.dtype
+        if key not in self.inputs:
+            self.inputs[key] = torch.empty_like(given, memory_format=torch.contiguous_format)
+        return self.inputs[key].copy_(given)
 
 
-def make_rounds(
-    target: Target,
-    drafter: Drafter,
-    emitters: Sequence[TokenEmitter],
-    cache: DynamicCache,
-    features: torch.Tensor,
-    *args,
-) -> Rounds:
-    """The rounds of a call: captured, if the settings want it and they can be."""
-    draft = drafter.draft
-    if not drafter.settings.cuda_graphs or len(emitters) > 1:
-        return Rounds(target, drafter, emitters, cache, features, *args)
-    reason = why_no_graphs(target, draft, features.dtype)
+class Graphs:
+    """
+    The graphs of a pair, which one call at a time uses: from [`~Graphs.begin`] to [`~Graphs.end`].
+
+    Args:
+        pool: where they wait between calls.
+        key: says for which pair they are good.
+        target: of that pair.
+    """
+
+    def __init__(self, pool: "GraphPool", key: tuple, target: PreTrainedModel):
+        self.pool, self.key, self.owner = pool, key, weakref.ref(target)
+        self.buckets: dict[int, Bucket] = {}
+        self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.memory = None  # shared by all of them: they never run at the same time
+        self._released: torch.cuda.Event | None = None
+
+    def begin(self, target: Target, drafter: Drafter, cache: DynamicCache, in_its_place: bool) -> Bucket:
+        """The bucket of a prefilled cache; both caches of it are ready for the rounds."""
+        self.device, shape = target.device, TreeShape.of(drafter.settings)
+        self.rows = 1 + max(shape.depth, shape.lookup)  # the most pairs that a round leaves behind
+        self.spare = max(self.rows + max(shape.depth - 1, 0) * shape.top_k, shape.rows) + 1
+        if self.device.type == "cuda":
+            self.memory = self.memory or torch.cuda.graph_pool_handle()
+            if self._released is not None:
+                torch.cuda.current_stream(self.device).wait_event(self._released)
+        capacity = self._capacity(cache.get_seq_length())
+        if capacity in self.buckets:
+            self.bucket = self._emptied(capacity)
+            self.bucket.arena.load(cache, in_its_place)
+        else:
+            arena = ArenaCache.from_dynamic(cache, capacity, self.spare + self.rows, in_its_place)
+            config, texts = drafter.draft.config, len(arena.lengths)
+            draft_cache = ArenaCache(1, texts, capacity)
+            nothing = torch.zeros(
+                texts, config.num_key_value_heads, 0, config.head_dim, dtype=drafter.draft.dtype, device=self.device
+            )
+            draft_cache.layers[0].lazy_initialization(nothing, nothing)
+            self.bucket = self.buckets[capacity] = Bucket(arena, draft_cache)
+        self._weights = [*target.model.parameters(), *target.model.buffers(), *drafter.draft.parameters()]
+        self._addresses = [weight.data_ptr() for weight in self._weights]
+        if drafter.draft.draft_vocab_ids is not None:  # the target's head may have changed since the last call
+            self._take_head_rows(target, target.take_head_rows(drafter.draft.draft_vocab_ids))
+        return self.bucket
+
+    def _take_head_rows(self, target: Target, fresh: tuple[torch.Tensor, torch.Tensor | None] | None) -> None:
+        if self.head_rows is None:
+            self.head_rows = fresh
+        elif fresh is not None:
+            for mine, new in zip(self.head_rows, fresh, strict=True):
+                if mine is not None:
+                    mine.copy_(new)
+        target.head_rows = self.head_rows
+
+    def fit(self, length: int) -> Bucket:
+        """A bucket with room for a round behind so many positions, and what the one before held."""
+        capacity, smaller = self._capacity(length), self.bucket
+        if capacity > smaller.arena.capacity:
+            if capacity not in self.buckets:
+                self.buckets[capacity] = Bucket(smaller.arena.resized(capacity), smaller.draft_cache.resized(capacity))
+            self.bucket = self._emptied(capacity)
+            self.bucket.arena.copy_from(smaller.arena)
+            self.bucket.draft_cache.copy_from(smaller.draft_cache)
+        return self.bucket
+
+    def _capacity(self, length: int) -> int:
+        """No more than twice of what a round needs."""
+        return max(SMALLEST_BUCKET, 1 << (length + self.spare - 1).bit_length())
+
+    def _emptied(self, capacity: int) -> Bucket:
+        bucket = self.buckets[capacity]
+        bucket.arena.clear(), bucket.draft_cache.clear()
+        return bucket
+
+    def end(self) -> None:
+        """Another call may have them, on another stream as soon as this one has done with them."""
+        self._weights = self._addresses = ()
+        if self.device.type == "cuda":
+            self._released = torch.cuda.current_stream(self.device).record_event()
+        self.pool.put(self)
+
+    def are_current(self) -> bool:
+        """Whether the weights are where they were when the call began."""
+        return self._addresses == [weight.data_ptr() for weight in self._weights]
+
+    def run(
+        self, step: Callable[..., Any], key: tuple, inputs: Sequence[torch.Tensor | None],
+        checked: Callable[[Any], torch.Tensor] | None = None,
+    ) -> Any:  # fmt: skip
+        """
+        What `step(*inputs)` returns, by a replay, in tensors that the next one overwrites; `None` if the step is
+        refused: then the caller runs it.
+
+        Args:
+            key: a name, and whatever else of Python's the step goes by.
+            checked: the part of its outputs by which a replay is compared with the step, once.
+        """
+        signature = key, tuple(None if one is None else (one.shape, one.dtype) for one in inputs)
+        graphs = self.bucket.graphs
+        if signature not in graphs:
+            if (self.key, signature) in self.pool.refused or (BREAKS_DRAWS and _calls > 1):
+                return None
+            try:
+                graphs[signature] = self._made(step, key[0], inputs, checked)
+            except (RuntimeError, NotImplementedError) as error:
+                reason = (str(error).strip() or "no message").splitlines()[0]
+                reason = reason if isinstance(error, Differs) else f"{type(error).__name__}: {reason}"
+                self.pool.refused[self.key, signature] = reason
+                logger.warning_once(f"A step of {type(self.owner()).__name__} runs without a CUDA graph: {reason}")
+                return None
+            while len(graphs) > KINDS:
+                graphs.popitem(last=False)
+        graphs.move_to_end(signature)
+        return graphs[signature](inputs)
+
+    def _made(self, step, name: str, inputs, checked) -> Graph:
+        expected = None if checked is None else checked(step(*inputs)).clone()
+        own = [self.bucket.own(name, number, one) for number, one in enumerate(inputs)]
+        with self.bucket.fixed():
+            with Rehearsal(self.device):
+                step(*own)
+            graph = Graph(own, *capture(lambda: step(*own), self.device, self.memory))
+        if expected is not None:
+            difference = _difference(checked(graph(inputs)), expected)
+            if difference is not None:
+                raise Differs(f"a replay's logits are off by {difference}")
+        return graph
+
+
+class Differs(RuntimeError):
+    """A replay does not compute what the step does."""
+
+
+class GraphPool:
+    """The graphs of a draft that no call uses now, and the steps that cannot be one."""
+
+    def __init__(self):
+        self.idle: list[Graphs] = []  # used last stands last
+        self.refused: dict[tuple, str] = {}  # (pair, step) -> why
+        self.lock = threading.Lock()
+
+    @classmethod
+    def of(cls, draft: FSPADDraftModel) -> "GraphPool":
+        return _pools.get(draft, "graphs", cls, keep=lambda made: True)
+
+    def take(self, key: tuple, target: PreTrainedModel) -> Graphs:
+        """Nobody else has them until they are [`~GraphPool.put`] back."""
+        with self.lock:
+            self.idle = [one for one in self.idle if one.owner() is not None]
+            for one in self.idle:
+                if one.owner() is target and one.key == key:
+                    self.idle.remove(one)
+                    return one
+        return Graphs(self, key, target)
+
+    def put(self, graphs: Graphs) -> None:
+        with self.lock:
+            self.idle = [*self.idle, graphs][-IDLE_WORKSPACES:]
+
+
+_pools = Remembered()
+_calls, _counting = 0, threading.Lock()
+
+
+def free_graphs(draft: FSPADDraftModel) -> None:
+    """
+    Frees what a draft's CUDA graphs hold between calls: buffers for both caches, and the graphs. The next call makes
+    them anew.
+    """
+    GraphPool.of(draft).idle.clear()
+
+
+@contextmanager
+def counted_call() -> Iterator[None]:
+    """Around each call of this process that speculates."""
+    global _calls
+    with _counting:
+        _calls += 1
+    try:
+        yield
+    finally:
+        with _counting:
+            _calls -= 1
+
+
+def graphs_of(target: Target, drafter: Drafter, dtype: torch.dtype, batch: int) -> Graphs | None:
+    """
+    The graphs of a call, if the settings want them and there can be any.
+
+    Args:
+        dtype: of the target's features.
+    """
+    model, draft = target.model, drafter.draft
+    if not drafter.settings.cuda_graphs:
+        return None
+    reason = why_no_graphs(target, draft, dtype)
     if reason is not None:
-        logger.warning_once(f"The rounds of {type(target.model).__name__} run without CUDA graphs: {reason}")
-        return Rounds(target, drafter, emitters, cache, features, *args)
-    pool, key = WorkspacePool.of(draft), pair_key(target.model, draft)
-    return GraphRounds(target, drafter, emitters, cache, features, *args, pool=pool, key=key)
+        logger.warning_once(f"The rounds of {type(model).__name__} run without CUDA graphs: {reason}")
+        return None
+    key = batch, TreeShape.of(drafter.settings), *pair_key(model, draft)
+    return GraphPool.of(draft).take(key, model)
 
 
-def _longest(settings) -> int:
-    """The most nodes below the root that a path can have, and rows of noise beside the first that a round reads."""
-    return max(settings.tree_depth, settings.tree_lookup_tokens)
+def can_capture(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def why_no_graphs(target: Target, draft: FSPADDraftModel, dtype: torch.dtype) -> str | None:
+    """Why a pair's rounds are not captured; `None` if they are. Cheap: it is asked at each call."""
+    model, device = target.model, target.device
+    modules = list(model.modules())
+    strangers = sorted({type(m).__module__ for m in modules if not _is_known(m)})
+    rules = {
+        f"they are on {device.type}": not can_capture(device),
+        "the draft is in another dtype or on another device": (draft.dtype, draft.device) != (dtype, device),
+        "the target is compiled": not target.use_hook,
+        "the target is on several devices": any(p.device != device for p in model.parameters()),
+        f"the target has modules of {', '.join(strangers)}": bool(strangers),
+        "hooks are on the target": foreign_hooks(model) > 0,
+        "a module of the target has a forward of its own": any("forward" in m.__dict__ for m in modules),
+        "autocast is on": torch.is_autocast_enabled(device.type),
+    }
+    return next((reason for reason, holds in rules.items() if holds), None)
+
+
+def _is_known(module: torch.nn.Module) -> bool:
+    """Whether its forward is one that depends on tensors and plain attributes alone."""
+    return type(module).__module__.split(".")[0] in ("torch", "transformers")
+
+
+def pair_key(model: PreTrainedModel, draft: FSPADDraftModel) -> tuple:
+    """What a graph freezes of a pair: where its weights lie, and whatever Python decides a forward by."""
+    plain = tuple(
+        (type(module), id(type(module).forward), *((k, v) for k, v in vars(module).items() if is_plain(v)))
+        for module in (*model.modules(), *draft.modules())
+    )
+    addresses = tuple(
+        tensor.data_ptr() for one in (model, draft) for tensor in (*one.parameters(), *one.buffers())
+    )  # fmt: skip
+    configs = repr((model.config.to_dict(), draft.config.to_dict()))
+    attention = model.config.get_text_config()._attn_implementation, draft.config._attn_implementation
+    cuda = torch.backends.cuda
+    switches = (
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.is_inference_mode_enabled(),
+        torch.are_deterministic_algorithms_enabled(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_reduced_precision_reduction,
+    )  # fmt: skip
+    return addresses, plain, configs, attention, switches
 
 
 def _difference(found: torch.Tensor, expected: torch.Tensor) -> str | None:
-    """By how much logits differ, where rounding does not explain it."""
+    """By how much values differ, where rounding does not explain it."""
     tolerance = TOLERANCE.get(expected.dtype, HALF_TOLERANCE)
     found, expected = found.float(), expected.float()
     off = torch.where(found == expected, 0.0, found - expected)  # of equal infinities, none
     most = float(torch.where(expected.isinf(), 0.0, expected).abs().max())
     difference = float(off.abs().max())
-    if difference <= most * tolerance:
-        return None
-    return f"{difference:.3g} of {most:.3g}"
+    return None if difference <= most * tolerance else f"{difference:.3g} of {most:.3g}"

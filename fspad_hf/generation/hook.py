@@ -5,7 +5,7 @@ import os
 
 import torch
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, pipelines
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import logging
 
@@ -17,7 +17,7 @@ from .decoding import FSPADGenerateOutput, tree_decoding
 from .probe import probe
 from .remembered import Remembered
 from .target import is_compiled
-from .verification import default_generator
+from .verification import default_generator, is_by_row
 
 logger = logging.get_logger(__name__)
 
@@ -28,16 +28,6 @@ KNOWN_MODEL_KWARGS = {
 }  # fmt: skip
 
 
-# What transformers has that looks at each sequence by itself, and remembers nothing.
-BY_ROW = {
-    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
-    "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper", "RepetitionPenaltyLogitsProcessor",
-    "NoRepeatNGramLogitsProcessor", "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor",
-    "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor",
-    "ForcedEOSTokenLogitsProcessor", "InfNanRemoveLogitsProcessor", "ExponentialDecayLengthPenalty",
-    "LogitNormalization", "SuppressTokensLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor",
-}  # fmt: skip
-CRITERIA_BY_ROW = {"EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria"}
 EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states")
 HOST_LOOP = ("_sample", "_update_model_kwargs_for_generation")  # what the tree loop stands in for
 
@@ -255,31 +245,31 @@ def why_not(
         "a prompt is nothing but padding": mask is not None and not mask.any(1).all(),
     }
     if len(input_ids) > 1:
-        rules |= _rules_of_batches(input_ids, generation_config, logits_processor, stopping_criteria)
+        rules |= _rules_of_batches(input_ids, generation_config, logits_processor, stopping_criteria, cache)
     reason = next((reason for reason, holds in rules.items() if holds), None)
     return reason or probe(model).reason
 
 
-def _rules_of_batches(input_ids: torch.LongTensor, generation_config, processors, criteria) -> dict[str, bool]:
+def _rules_of_batches(
+    input_ids: torch.LongTensor, generation_config, processors, criteria, cache: Cache | None
+) -> dict[str, bool]:
     """What holds for several sequences: one may be ahead of another, so nothing may look at two of them at once."""
-    foreign = sorted({type(one).__name__ for one in processors if not _is_among(BY_ROW, one)})
-    strange = sorted({type(one).__name__ for one in criteria if not _is_among(CRITERIA_BY_ROW, one)})
+    foreign = sorted({type(one).__name__ for one in processors if not is_by_row(one)})
+    together = sorted({type(one).__name__ for one in criteria if not is_by_row(one)})
     ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     early = sorted({type(c).__name__ for c in criteria} - {"MaxLengthCriteria", "EosTokenCriteria"})
     wanted = generation_config.return_dict_in_generate
     return {
         f"of {', '.join(foreign)} in a batch": bool(foreign),
-        f"of {', '.join(strange)} in a batch": bool(strange),
+        f"of {', '.join(together)} in a batch whose cache of sliding layers is returned": bool(together)
+        and (wanted or getattr(cache, "_is_user_defined", False))
+        and any(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers),
         f"of {', '.join(early)} without an EOS token in a batch": bool(early) and not ends,
         "output_scores or output_logits was asked for, of a batch": wanted
         and bool(generation_config.output_scores or generation_config.output_logits),
         f"a batch is sampled on {input_ids.device.type}": generation_config.do_sample
         and default_generator(input_ids.device) is None,
     }
-
-
-def _is_among(names: set[str], one) -> bool:
-    return type(one).__name__ in names and type(one).__module__.startswith("transformers.")
 
 
 def _turns_longrope(model: PreTrainedModel, input_ids: torch.LongTensor, generation_config) -> bool:

@@ -129,14 +129,15 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
         return ProbeResult("its logits are not its LM head applied to its decoder's output")
 
     parents, depths = nodes.new_tensor([[0, 0, 0, 2]] * 2), nodes.new_tensor([[0, 1, 1, 2]] * 2)
-    arena, prefix = ArenaCache.from_dynamic(outputs[CACHE]), torch.ones_like(prompt, dtype=torch.bool)
+    arena, shown = ArenaCache.from_dynamic(outputs[CACHE]), torch.ones_like(ids, dtype=torch.bool)
+    arena.place(root := torch.full_like(prompt[:, :1], prompt.shape[1]), ids.shape[1])
     with watched(), target.listening():
-        logits, _ = target.verify(CandidateTree(nodes, parents, depths), arena, prefix, prompt.shape[1])
+        logits, _ = target.verify(CandidateTree(nodes, parents, depths), arena, shown, root)
     with watched():  # which takes time: of each kind of forward it sees one
         steps = [host.logits(nodes[:, :1])]
     steps += [host.logits(nodes.gather(1, paths[:, [at]])) for at in (1, 2)]
-    (root, _), (first, second), (causal, child) = steps
-    tree, truth = logits[0].float(), torch.stack((root, first, second, child))
+    (start, _), (first, second), (causal, child) = steps
+    tree, truth = logits[0].float(), torch.stack((start, first, second, child))
     error, scale = (tree - truth).abs().max(), (causal - second).abs().max()
     if not error <= TOLERANCE * scale:
         return ProbeResult(f"a trial tree came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")

@@ -4,58 +4,71 @@ f_t is the target's feature at position t; a round's root is the last token emit
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
+from torch.profiler import record_function
 from transformers.cache_utils import DynamicCache
 
-from .cache import ArenaCache
+from ..modeling_fspad import FSPADDraftOutput
+from .cache import GROWTH, ArenaCache
 from .continuation import DraftState
 from .costs import RoundCosts, Stopwatch
-from .drafting import Drafter
+from .drafting import STATIC_WARPERS, Drafter, latest
+from .graphs import CAPTURABLE_WARPERS, Graphs
 from .lookup import PromptLookup
 from .target import Target
 from .tree import PLAIN, CandidateTree, TreeShape
-from .verification import TokenEmitter, walk
+from .verification import NoiseQueue, TokenEmitter, emit_drawn, settings_of, walk_ahead, walk_and_emit
 
-LEAD = 32  # tokens that a sampled sequence may be ahead of another: the noise of all of them is held
+LEAD = 32  # tokens that a sequence may be ahead of another, where the noise of all of them is held or they are judged
 FEW = 16  # tokens that a draft reads beside growing a tree, and what it costs is still that of its levels
 
 
 class Rounds:
     """
-    The rounds of one call, step by step as they come. Tensors have a row for each sequence that has not ended.
+    The rounds of one call. Tensors have a row for each sequence that has not ended.
+
+    The steps of a round, [`~Rounds.draft`] and [`~Rounds.verify`], are functions of tensors. They run as they come, or
+    as CUDA graphs, for which shapes are fixed: there is padding in what the draft has not read, and attention sees
+    whole buffers.
 
     Args:
         target, drafter: of the call.
         emitters: one a sequence; each has emitted its first token.
+        noise: of a call that samples.
         cache: the host's, prefilled.
         features (`[batch, new, hidden]`): of the prompt, less what the cache held before.
         prompt (`[batch, prompt]`): False on padding.
         offsets: of each sequence, a token's position id less its column.
         on_round: called before each round's first token with the tree; of a single sequence.
-        cache_is_wanted: the host's cache is to hold everything in the end.
+        cache_is_wanted: the host's cache is to hold everything in the end; else it is emptied.
+        graphs: of the call, if there are any.
     """
-
-    captured = False  # whether its steps are replayed
 
     def __init__(
         self,
         target: Target,
         drafter: Drafter,
         emitters: Sequence[TokenEmitter],
+        noise: NoiseQueue | None,
         cache: DynamicCache,
         features: torch.Tensor,
         prompt: torch.BoolTensor,
         offsets: Sequence[int],
         on_round: Callable[[CandidateTree], None] | None = None,
         cache_is_wanted: bool = True,
+        graphs: Graphs | None = None,
     ):
-        self.target, self.drafter, self.emitters, self.on_round = target, drafter, list(emitters), on_round
-        self.cache, self.prompt, self.offsets, self.cache_is_wanted = cache, prompt, list(offsets), cache_is_wanted
-        self.is_whole = True  # no sequence has been dropped
-        self.arena = self.make_arena()
-        self.arena.lengths = [cache.get_seq_length()] * len(prompt)
+        self.target, self.drafter, self.emitters, self.noise = target, drafter, list(emitters), noise
+        self.on_round, self.cache, self.cache_is_wanted, self.graphs = on_round, cache, cache_is_wanted, graphs
+        self.offsets, self.shown, self.is_cut = list(offsets), prompt.to(target.device), False
+        if graphs is None:
+            self.arena = ArenaCache.from_dynamic(cache, in_its_place=not cache_is_wanted)
+        else:
+            bucket = graphs.begin(target, drafter, cache, not cache_is_wanted)
+            self.arena, drafter.cache = bucket.arena, bucket.draft_cache
         if not prompt.all():
             self.arena.watch_padding()
         # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
@@ -67,25 +80,38 @@ class Rounds:
             new = shown[shown >= first]
             self.unread.append([(features[row : row + 1, (new - first).to(features.device)], text[:, new + 1])])
             self.lookups.append(PromptLookup(text[0, shown].tolist() + emitter.emitted, emitter.ends))
+        self.read = FSPADDraftOutput(*[features.new_zeros(len(prompt), 1, features.shape[-1])] * 2)
+        processors = self.emitters[0].logits_processor
+        watched = [e.streamer for e in self.emitters if e.streamer is not None or not e.plain_criteria]
+        extras = [e for e in self.emitters if (e.scores, e.raw_logits) != (None, None)]
+        here = prompt.device == target.device
+        self.can_walk_ahead = here and not extras and all(type(p) in CAPTURABLE_WARPERS for p in processors)
+        self.is_watched = bool(watched) or not all(type(p) in STATIC_WARPERS for p in processors)
         self.drop_ended()
 
-    def make_arena(self) -> ArenaCache:
-        return ArenaCache.from_dynamic(self.cache)
-
-    def go_on(self, read: DraftState):
+    def go_on(self, read: DraftState) -> None:
         """The draft has read a part of the text already; of a single sequence."""
-        if not self.captured:
+        if self.graphs is None:
             self.drafter.cache, self.unread = read.cache, [[*read.unread, *self.unread[0]]]
 
-    def close(self):
+    def close(self) -> None:
         """Gives the host's cache what it lacks. Called also when the user's code has raised."""
-        if self.is_whole and len(set(self.arena.lengths)) == 1:
+        if self.cache_is_wanted and len(set(self.arena.lengths)) == 1:
             self.arena.append_to(self.cache)
+        if self.graphs is not None:
+            self.graphs.end()
 
     def limit(self, shape: TreeShape, max_length: int) -> TreeShape:
         """`shape`, no deeper than may be here for any sequence."""
         if self.arena.is_broken:
             return PLAIN
+        limited = self._limited(shape, max_length)
+        if self.graphs is not None:  # near `max_length` a tree of the usual shape costs less than new graphs would
+            self.is_cut = self._limited(shape, None) != shape
+            return limited if self.is_cut else shape
+        return limited
+
+    def _limited(self, shape: TreeShape, max_length: int | None) -> TreeShape:
         depth, lookup = shape.depth, shape.lookup
         for emitter, offset in zip(self.emitters, self.offsets, strict=True):
             if not emitter.finished:
@@ -107,72 +133,86 @@ class Rounds:
             The trees, and of each the path walked (the nodes at which a token was drawn, the root first).
         """
         watch = None if costs is None else Stopwatch(self.target.device)
-        self.begin(shape)
-        new = 0
-        if shape.depth:
-            new = max(sum(tokens.shape[1] for _, tokens in unread) for unread in self.unread)
-            self.accept()
-        tree = self.grow(shape, chains)
-        if costs is not None and 0 < new <= FEW:
-            costs.add_draft(shape.depth, watch.read())
-        elif costs is not None:
-            watch.read()
-        logits, features, ahead = self.verify(tree)
+        told = self.tell(shape, chains)
+        tree = CandidateTree.root(told.numbers[:, :1])
+        if told.levels:
+            with record_function("fspad: draft"):
+                tree = self.draft(told)
+        if costs is not None:
+            seconds = watch.read()
+            if shape.depth and 0 < max(told.counts) <= FEW:
+                costs.add_draft(shape.depth, seconds)
+        with record_function("fspad: verify"):
+            logits, features, walked = self.verify(told, tree)
         if costs is not None:
             costs.add_forward(len(tree), watch.read())
         if self.on_round is not None:
             self.on_round(tree.clone().trimmed())
         paths: list[list[int]] = [[] for _ in self.emitters]
-        last = min(len(emitter.emitted) for emitter in self.emitters if not emitter.finished)
         try:
-            for row, emitter in enumerate(self.emitters):
-                waits = emitter.noise is not None and len(emitter.emitted) > last + LEAD
-                if not emitter.finished and not waits:
-                    walk(tree.of(row), logits[row : row + 1], emitter, paths[row], ahead)
+            with record_function("fspad: emit"):
+                self.emit(told, tree, logits, walked, paths)
         finally:
-            self.keep(paths, features)
-        for lookup, emitter, path in zip(self.lookups, self.emitters, paths, strict=True):
-            lookup.extend(emitter.emitted[len(emitter.emitted) - len(path) :])
+            with record_function("fspad: keep"):
+                self.keep(paths, features)
         self.drop_ended()
         return tree, paths
 
-    def drop_ended(self):
-        """Goes on with the sequences that have not ended; unless all that was computed is to be given back."""
-        if self.cache_is_wanted:
-            return
-        left = [row for row, emitter in enumerate(self.emitters) if not emitter.finished]
-        if not left or len(left) == len(self.emitters):
-            return
-        self.is_whole = False
-        self.arena.select(left)
-        if self.drafter.cache.length:
-            self.drafter.select(left)
-        self.prompt = self.prompt[left]
-        for name in ("emitters", "offsets", "unread", "lookups"):
-            kept = getattr(self, name)
-            setattr(self, name, [kept[row] for row in left])
+    def tell(self, shape: TreeShape, chains: Sequence[Sequence[int]] = ()) -> "Told":
+        """What the host says to a round's steps."""
+        captured, device, levels = self.can_replay(shape), self.target.device, max(shape.depth, shape.lookup)
+        self.make_room(shape)
+        features, tokens = self.to_read(captured) if shape.depth else (None, [[] for _ in self.emitters])
+        ahead = self.can_walk_ahead and (captured or device.type != "cpu")
+        coupled = self.noise is not None and self.drafter.settings.coupled_drafting and shape.depth > 0
+        coming, noise = 1 + levels if ahead else shape.depth if coupled else 0, None
+        if self.noise is not None and coming:
+            noise = self.noise.peek(coming, [emitter.sequence for emitter in self.emitters])
+        ahead = ahead and (self.noise is None) == (noise is None)
+        read = 0 if features is None else features.shape[1]
+        looked_up = shape.lookup if captured else max(map(len, chains), default=0)
+        rows, firsts = [], self.arena.firsts()
+        for row, emitter in enumerate(self.emitters):
+            emitter.settings = settings_of(emitter.logits_processor) if ahead and self.is_watched else None
+            length, new, chain = self.arena.lengths[row], tokens[row], list(chains[row]) if chains else []
+            here = emitter.emitted[-1], self.drafter.cache.lengths[row], len(new), len(chain), length
+            padding = [0] * (read - len(new)), [0] * (looked_up - len(chain))
+            rows.append([*here, length + self.offsets[row], *firsts[row], *new, *padding[0], *chain, *padding[1]])
+        numbers = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        sizes = 1, 1, 1, 1, 1, 1, len(firsts[0]), read, looked_up
+        counts = [len(new) for new in tokens]
+        return Told(
+            shape, levels, captured, ahead, numbers, sizes, counts, features, noise, coupled and noise is not None
+        )
 
-    def settle(self, padding: int):
-        """In a batch, lets the cache hold what plain decoding leaves there: behind a sequence's end, padding."""
-        lacking = [max(emitter.length for emitter in self.emitters) - emitter.length for emitter in self.emitters]
-        if not any(lacking):
-            return
-        trees = []
-        for emitter, lacks in zip(self.emitters, lacking, strict=True):
-            chain = self.roots().new_tensor([emitter.emitted[-1:] + [padding] * max(lacks - 1, 0)])
-            numbers = torch.arange(chain.shape[1], device=chain.device)[None]
-            trees.append(CandidateTree(chain, (numbers - 1).clamp(min=0), numbers))
-        self.verify(CandidateTree.stacked(trees))
-        self.arena.keep([list(range(lacks)) for lacks in lacking])
+    def can_replay(self, shape: TreeShape) -> bool:
+        """Whether a round's steps may be graphs."""
+        if self.graphs is None or self.is_cut:
+            return False
+        static = all(type(warper) in CAPTURABLE_WARPERS for warper in self.drafter.warpers)
+        return static and not (self.is_watched and not self.graphs.are_current())
 
-    def begin(self, shape: TreeShape):
-        """Makes ready for a round with such a tree."""
+    def make_room(self, shape: TreeShape) -> None:
+        self.arena.make_room()
+        if self.graphs is not None:
+            bucket = self.graphs.fit(self.arena.longest)
+            self.arena, self.drafter.cache = bucket.arena, bucket.draft_cache
+        missing = self.arena.longest + max(shape.rows, self.arena.capacity) - self.shown.shape[1]
+        if missing > 0:
+            self.shown = functional.pad(self.shown, (0, max(missing, GROWTH)), value=True)
 
-    def accept(self):
-        """The draft reads what it has not read yet."""
+    def to_read(self, captured: bool) -> tuple[torch.Tensor, list[list[int]]]:
+        """The pairs that the draft has not read: features (`[batch, most, hidden]`) and the tokens of each text."""
         features, tokens, counts = self.all_unread()
-        self.unread = [[] for _ in self.unread]
-        self.drafter.accept(features, tokens, counts)
+        most = self.graphs.rows if captured else max(counts)
+        if max(counts) > most:  # all but the last pair of each are read at once
+            self.drafter.accept(features, tokens, [max(count - 1, 0) for count in counts])
+            last = torch.tensor(counts, device=features.device)[:, None, None].sub(1).clamp(min=0)
+            features = features.gather(1, last.expand(-1, 1, features.shape[-1]))
+            tokens = [row[count - 1 : count] for row, count in zip(tokens.tolist(), counts, strict=True)]
+        else:
+            tokens = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
+        return functional.pad(features, (0, 0, 0, most - features.shape[1])), tokens
 
     def all_unread(self) -> tuple[torch.Tensor, torch.LongTensor, list[int]]:
         """Features (`[batch, most, hidden]`), tokens (`[batch, most]`, on the host), and the number of each."""
@@ -190,45 +230,136 @@ class Rounds:
         features, tokens = (torch.cat(parts) for parts in zip(*padded, strict=True))
         return features, tokens, counts
 
-    def grow(self, shape: TreeShape, chains: Sequence[Sequence[int]] = ()) -> CandidateTree:
-        """The draft's trees, with the tokens looked up grafted on."""
-        sequences = [emitter.sequence for emitter in self.emitters]
-        tree = self.drafter.grow(self.roots(), shape, sequences)
-        if not any(chains):
-            return tree
-        trees = []
-        for row, chain in enumerate(chains):
-            one = tree.of(row)
-            trees.append(one.grafted(torch.tensor(chain, device=one.tokens.device)).trimmed() if chain else one)
-        return CandidateTree.stacked(trees)
+    def draft(self, told: "Told") -> CandidateTree:
+        """The draft reads what it has not read and grows its trees; the tokens looked up are grafted on."""
 
-    def roots(self) -> torch.LongTensor:
-        """The last tokens emitted, `[batch, 1]`."""
-        return torch.tensor([emitter.emitted[-1:] for emitter in self.emitters], device=self.prompt.device)
+        def step(numbers, features, noise, *before):
+            root, pairs, new, looked_up, _, _, _, tokens, chain = numbers.split(told.sizes, dim=1)
+            read, tree = FSPADDraftOutput(*before), CandidateTree.root(root)
+            if told.shape.depth:
+                read = latest(self.drafter.read(features, tokens, pairs), new, read)
+                tree = self.drafter.grow(read, pairs + new, root, told.shape, noise)
+            return tree.grafted(chain, looked_up) if chain.shape[1] else tree, read
 
-    def position(self) -> int | torch.LongTensor:
-        """The root's position id; of a batch `[batch, 1]`."""
-        positions = [have + offset for have, offset in zip(self.arena.lengths, self.offsets, strict=True)]
-        return positions[0] if len(positions) == 1 else torch.tensor(positions, device=self.target.device)[:, None]
+        noise = told.noise[: told.shape.depth] if told.coupled else None
+        settings, warpers = self.drafter.settings, settings_of(self.drafter.warpers)
+        key = "draft", told.shape, told.sizes, settings.coupling_kappa, settings.coupling_sharpness, warpers
+        inputs = told.numbers, told.features, noise, self.read.logit_features, self.read.features
+        tree, self.read = self.done(told, step, key, inputs)
+        if told.shape.depth:
+            self.drafter.cache.advance(told.counts)
+            self.unread = [[] for _ in self.unread]
+        return tree if told.captured else tree.trimmed()
 
-    def verify(self, tree: CandidateTree) -> tuple[torch.Tensor, torch.Tensor, Sequence[tuple[int, int]]]:
-        """Logits and features at every node, and what [`walk`] calls `ahead`."""
-        prefix = functional.pad(self.prompt, (0, self.arena.length - self.prompt.shape[1]), value=True)
-        if len(self.arena.lengths) > 1:
-            lengths = torch.tensor(self.arena.lengths, device=prefix.device)[:, None]
-            prefix = prefix & (torch.arange(prefix.shape[1], device=prefix.device) < lengths)
-        return *self.target.verify(tree, self.arena, prefix, self.position()), ()
+    def verify(self, told: "Told", tree: CandidateTree) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor | None]:
+        """Logits and features at every node, and, where nothing of the user's has a say in it, the walk."""
 
-    def keep(self, paths: list[list[int]], features: torch.Tensor):
+        def step(numbers, shown, noise, *parts):
+            _, _, _, _, length, position, firsts, *_ = numbers.split(told.sizes, dim=1)
+            tree, arena = CandidateTree(*parts), self.arena
+            arena.place(length, arena.longest + len(tree), firsts)
+            logits, features = self.target.verify(tree, arena, shown, position)
+            walked = None
+            if told.ahead:
+                walked = walk_ahead(tree, logits, self.emitters[0].logits_processor, noise, told.levels)
+            return logits, features, walked
+
+        warpers = settings_of(self.emitters[0].logits_processor) if told.ahead else ()
+        key = "verify", told.levels, told.sizes, told.ahead, warpers
+        inputs = told.numbers, self.shown, told.noise if told.ahead else None, tree.tokens, tree.parents, tree.depths
+        return self.done(told, step, key, inputs, checked=lambda outputs: outputs[0])
+
+    def done(self, told: "Told", step, key: tuple, inputs: tuple, checked: Callable | None = None):
+        """What a step returns, by a graph if that is possible."""
+        replayed = self.graphs.run(step, key, inputs, checked) if told.captured else None
+        return step(*inputs) if replayed is None else replayed
+
+    def emit(
+        self, told: "Told", tree: CandidateTree, logits: torch.Tensor, walked: torch.LongTensor | None,
+        paths: list[list[int]],
+    ) -> None:  # fmt: skip
+        """Emits tokens along the trees; fills `paths` with the nodes they were drawn at."""
+        last = min(len(emitter.emitted) for emitter in self.emitters if not emitter.finished)
+        nodes: list[int | None] = []
+        for emitter in self.emitters:
+            waits = (self.noise is not None or emitter.is_judged) and len(emitter.emitted) > last + LEAD
+            nodes.append(None if emitter.finished or waits else 0)
+        if walked is not None:  # the round's one wait for the device
+            for row, (count, *drawn) in enumerate(walked.tolist()):
+                if nodes[row] == 0 and count:
+                    pairs = list(zip(drawn, drawn[len(drawn) // 2 :], strict=False))[:count]
+                    nodes[row] = emit_drawn(tree, row, pairs, self.emitters[row], paths[row])
+        if any(node is not None for node in nodes):
+            walk_and_emit(tree, logits, self.emitters, paths, told.levels, nodes)
+
+    def keep(self, paths: list[list[int]], features: torch.Tensor) -> None:
         """Of the rows that the last forward has added keeps those of the paths."""
         self.arena.keep(paths)
         for row, path in enumerate(paths):
-            self.unread[row].append((features[row : row + 1, path], self.last_tokens(row, len(path))))
+            emitter = self.emitters[row]
+            tokens = emitter.emitted[len(emitter.emitted) - len(path) :]
+            self.unread[row].append((features[row : row + 1, path], torch.tensor([tokens], device="cpu").long()))
+            self.lookups[row].extend(tokens)
 
-    def last_tokens(self, row: int, count: int) -> torch.LongTensor:
-        """`[1, count]`, on the host."""
-        emitted = self.emitters[row].emitted
-        return torch.tensor([emitted[len(emitted) - count :]], dtype=torch.long, device="cpu")
+    def drop_ended(self) -> None:
+        """Goes on with the sequences that have not ended; unless all that was computed is to be given back."""
+        left = [row for row, emitter in enumerate(self.emitters) if not emitter.finished]
+        if self.cache_is_wanted or self.graphs is not None or not left or len(left) == len(self.emitters):
+            return
+        self.arena.select(left)
+        self.drafter.cache.select(left)
+        self.shown = self.shown[left]
+        self.read = FSPADDraftOutput(self.read.logit_features[left], self.read.features[left])
+        for name in ("emitters", "offsets", "unread", "lookups"):
+            kept = getattr(self, name)
+            setattr(self, name, [kept[row] for row in left])
+
+    def settle(self, padding: int) -> None:
+        """In a batch, lets the cache hold what plain decoding leaves there: behind a sequence's end, padding."""
+        longest, most = max(e.length for e in self.emitters), self.graphs.spare - 1 if self.graphs is not None else 64
+        read = [min(n, e.length - 1) for n, e in zip(self.arena.lengths, self.emitters, strict=True)]
+        self.arena.lengths = read  # of a sequence that was cut it has too much
+        while min(read := self.arena.lengths) < longest - 1:
+            told, trees = self.tell(PLAIN), []
+            lacking = [min(longest - 1 - length, most) for length in read]
+            for emitter, length, lacks in zip(self.emitters, read, lacking, strict=True):
+                first = emitter.emitted[-1] if length == emitter.length - 1 else padding
+                chain = told.numbers.new_tensor([[first] + [padding] * max(lacks - 1, 0)])
+                numbers = torch.arange(chain.shape[1], device=chain.device)[None]
+                trees.append(CandidateTree(chain, (numbers - 1).clamp(min=0), numbers))
+            self.verify(replace(told, captured=False, ahead=False), CandidateTree.stacked(trees))
+            self.arena.keep([list(range(lacks)) for lacks in lacking])
+
+
+@dataclass(frozen=True)
+class Told:
+    """
+    What the host tells a round's steps.
+
+    Args:
+        shape: of the trees.
+        levels: below the roots.
+        captured: the steps may be graphs.
+        ahead: the walk is made on the device.
+        numbers (`[batch, ...]`): the root's token, the pairs that the draft has read, how many it reads now, how many
+            tokens were looked up, the target's length, the root's position id, the first columns of sliding layers,
+            the tokens to read, those looked up; as wide as `sizes` say.
+        counts: of each sequence the pairs that the draft reads now.
+        features (`[batch, new, hidden]`): of these pairs.
+        noise (`[draws, batch, V]`): of the coming draws.
+        coupled: the draft sees it.
+    """
+
+    shape: TreeShape
+    levels: int
+    captured: bool
+    ahead: bool
+    numbers: torch.LongTensor
+    sizes: tuple[int, ...]
+    counts: list[int]
+    features: torch.Tensor | None
+    noise: torch.Tensor | None
+    coupled: bool
 
 
 def depth_limit(depth: int, length: int, offset: int, max_length: int | None, text_config) -> int:

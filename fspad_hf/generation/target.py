@@ -51,7 +51,7 @@ class Target:
         self.text_config = model.config.get_text_config()
         self.device = execution_device(model)
         self._thread = threading.get_ident()
-        self._head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._caught: list[torch.Tensor] | None = None
         self._windows: dict[str, int | None] | None = None
 
@@ -88,24 +88,23 @@ class Target:
         return outputs, self._features(outputs, caught)
 
     def verify(
-        self, tree: CandidateTree, cache: ArenaCache, prefix: torch.BoolTensor, position: int | torch.LongTensor
+        self, tree: CandidateTree, cache: ArenaCache, shown: torch.BoolTensor, positions: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         One forward over every node of `tree`.
 
         Args:
-            cache: holds the `length` tokens before the root; the nodes' rows are appended.
-            prefix (`[batch, length]`): False on padding; `[batch, capacity]` where the cache has a fixed shape.
-            position: the root's position id; of a batch, `[batch, 1]`.
+            cache: holds the tokens before the roots; the nodes' rows go where it was told to place them.
+            shown (`[batch, positions]`): False on padding.
+            positions (`[batch, 1]`): the roots' position ids.
 
         Returns:
             logits (`[batch, nodes, vocabulary]`) and features (`[batch, nodes, hidden]`).
         """
-        tree = tree.to(self.device)
         inputs = {
             "input_ids": tree.tokens,
-            "position_ids": position + tree.depths,
-            "attention_mask": self._mask(tree, prefix.to(self.device), cache),
+            "position_ids": positions + tree.depths,
+            "attention_mask": self._mask(tree, shown, cache),
             CACHE: cache,
             "use_cache": True,
             "return_dict": True,
@@ -133,10 +132,10 @@ class Target:
         if ids is None:
             logits = self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
         elif type(self.head) is nn.Linear and self.head.weight.device == features.device:
-            if self._head_rows is None:
-                self._head_rows = self.take_head_rows(ids)
+            if self.head_rows is None:
+                self.head_rows = self.take_head_rows(ids)
             # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
-            rows, (weight, bias) = features.flatten(0, -2), self._head_rows
+            rows, (weight, bias) = features.flatten(0, -2), self.head_rows
             product = few_rows_product if has_choice(weight) else nn.functional.linear
             logits = product(rows, weight, bias).unflatten(0, features.shape[:-1])
         else:  # quantised, offloaded or adapted: only the module itself knows how
@@ -157,15 +156,14 @@ class Target:
             return outputs.hidden_states[-1]
         return torch.cat(caught, dim=1)
 
-    def _mask(self, tree: CandidateTree, prefix: torch.BoolTensor, cache: ArenaCache):
+    def _mask(self, tree: CandidateTree, shown: torch.BoolTensor, cache: ArenaCache):
         """One mask, or one per kind of layer where the model mixes kinds."""
         if self._windows is None:
             self._windows = attention_windows(self.text_config)
         dtype = next(layer.keys.dtype for layer in cache.layers if layer.is_initialized)
-        length = cache.length if cache.is_fixed else None
-        lengths = None if len(cache.lengths) == 1 else prefix.new_tensor(cache.lengths, dtype=torch.long)[:, None]
         masks = {
-            kind: tree.attention_mask(prefix, dtype, window, length, lengths) for kind, window in self._windows.items()
+            kind: tree.attention_mask(cache.shown(shown, window), cache.columns(window), dtype, window)
+            for kind, window in self._windows.items()
         }
         return masks if len(masks) > 1 else next(iter(masks.values()))
 

@@ -140,32 +140,30 @@ class CandidateTree:
         numbers = torch.arange(len(self), device=self.parents.device)
         return (self.parents == numbers) & (numbers > 0)
 
-    def grafted(self, chain: torch.LongTensor, count: torch.LongTensor | None = None) -> "CandidateTree":
+    def grafted(self, chains: torch.LongTensor, counts: torch.LongTensor | None = None) -> "CandidateTree":
         """
-        With a path for `chain` below the root: the nodes that the tree has of it, and new ones behind them, padding
-        where fewer are needed; of one sequence. Waits for no value, so that a graph can hold it.
+        With a path for each chain below its root: the nodes that the tree has of it, and new ones behind them, padding
+        where fewer are needed. Waits for no value, so that a graph can hold it.
 
         Args:
-            chain (`[tokens]`): token ids.
-            count (`[1]`): how many of them there are, the rest being padding; `None` is all.
+            chains (`[batch, tokens]`): token ids.
+            counts (`[batch, 1]`): how many of them there are, the rest being padding; `None` is all.
         """
-        device, nodes = self.tokens.device, len(self)
-        steps = torch.arange(len(chain), device=device)
-        count = torch.full_like(steps[:1], len(chain)) if count is None else count
-        tokens, depths = self.tokens[0], self.depths[0]
-        fits = (tokens == torch.cat((tokens[:1], chain))[depths.clamp(max=len(chain))]) & (depths <= count)
-        shared = (fits | ~self.ancestors()[0]).all(-1) & ~self.is_padding()[0]
-        matched, last = torch.where(shared, depths, -1).max(-1, keepdim=True)  # siblings differ, so it is a path
-        new = matched + steps < count
-        numbers = nodes + steps
-        parents = torch.where(new, torch.cat((last, numbers[:-1])), numbers)
-        scores = None if self.scores is None else functional.pad(self.scores, (0, len(chain)), value=float("-inf"))
+        length, nodes = chains.shape[1], len(self)
+        counts = torch.full_like(chains[:, :1], length) if counts is None else counts
+        steps = torch.arange(length, device=chains.device)
+        wanted = torch.cat((self.tokens[:, :1], chains), dim=1).gather(1, self.depths.clamp(max=length))
+        fits = (self.tokens == wanted) & (self.depths <= counts)
+        shared = (fits[:, None] | ~self.ancestors()).all(-1) & ~self.is_padding()
+        matched, last = torch.where(shared, self.depths, -1).max(-1, keepdim=True)  # siblings differ, so it is a path
+        new, numbers = matched + steps < counts, (nodes + steps).expand_as(chains)
+        parents = torch.where(new, torch.cat((last, numbers[:, :-1]), dim=1), numbers)
+        tokens, depths = chains.gather(1, (matched + steps).clamp(max=length - 1)), matched + 1 + steps
+        scores = None if self.scores is None else functional.pad(self.scores, (0, length), value=float("-inf"))
         return CandidateTree(
-            torch.cat((tokens, chain[(matched + steps).clamp(max=len(chain) - 1)]))[None],
-            torch.cat((self.parents[0], parents))[None],
-            torch.cat((depths, torch.where(new, matched + 1 + steps, 0)))[None],
-            scores,
-        )
+            torch.cat((self.tokens, tokens), dim=1), torch.cat((self.parents, parents), dim=1),
+            torch.cat((self.depths, torch.where(new, depths, 0)), dim=1), scores,
+        )  # fmt: skip
 
     def ancestors(self) -> torch.BoolTensor:
         """`[batch, nodes, nodes]`: True where the column is the row's node itself or one of its ancestors."""
@@ -179,40 +177,37 @@ class CandidateTree:
         return seen
 
     def attention_mask(
-        self,
-        prefix: torch.BoolTensor,
-        dtype: torch.dtype,
-        window: int | None = None,
-        length: torch.LongTensor | None = None,
-        roots: torch.LongTensor | None = None,
+        self, shown: torch.BoolTensor, ends: torch.LongTensor, dtype: torch.dtype, window: int | None = None
     ) -> torch.Tensor:
         """
         The float mask of one verification forward, `[batch, 1, nodes, columns]`: 0 where a node may look, the dtype's
         minimum elsewhere. Float, because eager and flex attention add masks and take no bool.
 
         Args:
-            prefix (`[batch, length]`): False on padding. The nodes' columns come after these.
+            shown (`[batch, columns]`): False on padding.
+            ends (`[batch, 1]`): the columns that each sequence has before its root; the nodes' follow.
             window: sliding window in positions; keys this far back or further are hidden.
-            length (`[1]`): with it `prefix` is `[batch, columns]`, of which `length` count and the nodes' follow.
-            roots (`[batch, 1]`): where in its sequence each root is; `None` is right after the prefix.
         """
-        nodes, device = len(self), prefix.device
-        if length is None:
-            length, prefix = prefix.shape[1], functional.pad(prefix, (0, nodes))
-        columns = torch.arange(prefix.shape[1], device=device)
-        slots = torch.arange(nodes, device=device) + length
-        visible = (prefix & (columns < length))[:, None].repeat(1, nodes, 1).index_copy_(2, slots, self.ancestors())
+        columns = torch.arange(shown.shape[1], device=shown.device)
+        slots = ends + torch.arange(len(self), device=shown.device)
+        visible = (shown & (columns < ends))[:, None].repeat(1, len(self), 1)
+        visible.scatter_(2, slots[:, None].expand(-1, len(self), -1), self.ancestors())
         if window is not None:
-            places = (length if roots is None else roots) + self.depths  # in the sequence, not the arena
-            keys = columns.repeat(len(prefix), 1).index_copy_(1, slots, places)
+            places = ends + self.depths  # in the sequence, where a column is in the arena
+            keys = columns.repeat(len(shown), 1).scatter_(1, slots, places)
             visible &= places[:, :, None] - keys[:, None] < window
-        mask = torch.zeros(visible.shape, dtype=dtype, device=device)
-        return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
+        return additive_mask(visible, dtype)
 
     def children(self, row: int = 0) -> dict[tuple[int, int], int]:
         """(parent, token) -> node, on the host."""
         tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
         return {(parents[node], tokens[node]): node for node in range(1, len(self)) if parents[node] != node}
+
+
+def additive_mask(visible: torch.BoolTensor, dtype: torch.dtype) -> torch.Tensor:
+    """`[rows, queries, keys]` bool to `[rows, 1, queries, keys]` float."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min)[:, None]
 
 
 @dataclass

@@ -6,7 +6,7 @@ E drawn from the same generator, so drawing the rows ahead and dividing later gi
 
 import copy
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -14,7 +14,22 @@ from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
 from .tree import CandidateTree
 
+# What transformers has that looks at each sequence by itself, and remembers nothing.
+BY_ROW = {
+    "TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper", "TypicalLogitsWarper",
+    "EpsilonLogitsWarper", "EtaLogitsWarper", "TopHLogitsWarper", "RepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor", "MinLengthLogitsProcessor", "MinNewTokensLengthLogitsProcessor",
+    "SequenceBiasLogitsProcessor", "NoBadWordsLogitsProcessor", "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor", "InfNanRemoveLogitsProcessor", "ExponentialDecayLengthPenalty",
+    "LogitNormalization", "SuppressTokensLogitsProcessor", "SuppressTokensAtBeginLogitsProcessor",
+    "EosTokenCriteria", "MaxLengthCriteria", "MaxTimeCriteria", "StopStringCriteria",
+}  # fmt: skip
 PLAIN_CRITERIA = (EosTokenCriteria, MaxLengthCriteria)  # functions of the last token and the length
+
+
+def is_by_row(one) -> bool:
+    """Whether a processor or criterion is one of [`BY_ROW`]."""
+    return type(one).__name__ in BY_ROW and type(one).__module__.startswith("transformers.")
 
 
 class NoiseQueue:
@@ -33,10 +48,11 @@ class NoiseQueue:
         device: where tokens are drawn (that of `input_ids`).
         vocab_size: length V of a row.
         sequences: of the batch.
+        is_judged: only [`~NoiseQueue.follow`] says how far decoding has come.
     """
 
-    def __init__(self, device: torch.device, vocab_size: int, sequences: int = 1):
-        self.device, self.shape = device, (sequences, vocab_size)
+    def __init__(self, device: torch.device, vocab_size: int, sequences: int = 1, is_judged: bool = False):
+        self.device, self.shape, self.is_judged = device, (sequences, vocab_size), is_judged
         self.generator = default_generator(device)
         self.coupled = self.generator is not None
         self._steps = dict.fromkeys(range(sequences), 0)  # of each sequence not ended: the number of its next block
@@ -96,14 +112,18 @@ class NoiseQueue:
         self._steps[sequence] += 1
         self._follow()
 
-    def end(self, sequence: int):
-        """No more draws of this one. Once all have ended the generator stands after the longest one's."""
-        self._most = max(self._most, self._steps.pop(sequence))
+    def end(self, sequence: int, draws: int):
+        """This one has ended, after so many draws. Once all have, the generator stands after the longest one's."""
+        self._most = max(self._most, min(self._steps.pop(sequence, draws), draws))
         self._follow()
 
     def _follow(self):
-        behind = min(self._steps.values(), default=self._most)
-        while self._first < behind and self._blocks:
+        if not self.is_judged:
+            self.follow(min(self._steps.values(), default=self._most))
+
+    def follow(self, steps: int):
+        """The generator stands after so many steps."""
+        while self._first < steps and self._blocks:
             _, self._here = self._blocks.popleft()
             self.generator.set_state(self._here)
             self._first += 1
@@ -125,7 +145,7 @@ class NoiseQueue:
 
 
 def race(probabilities: torch.Tensor, row: torch.Tensor) -> torch.LongTensor:
-    """The draw that a row of noise decides: argmax p / E, `[1, V]` both, `[1]` out."""
+    """The draws that rows of noise decide: argmax p / E, `[batch, V]` both, `[batch]` out."""
     return torch.argmax(probabilities / row, dim=-1)
 
 
@@ -144,7 +164,8 @@ def _is_like(probabilities: torch.Tensor, row: torch.Tensor) -> bool:
 
 
 def _is_distribution(probabilities: torch.Tensor) -> torch.BoolTensor:
-    return (torch.isfinite(probabilities) & (probabilities >= 0)).all()
+    """`[rows]`."""
+    return (torch.isfinite(probabilities) & (probabilities >= 0)).all(-1)
 
 
 def settings_of(processors: LogitsProcessorList) -> tuple:
@@ -184,6 +205,7 @@ class TokenEmitter:
         input_ids (`[1, prompt]`): grows by each token emitted.
         noise: where draws come from; `None` is greedy.
         sequence: its number in the batch.
+        is_judged: criteria that see all sequences are to say where it ends, see [`~TokenEmitter.cut`].
 
     `emitted` are the tokens so far, on the host; `ends` are those after which nothing is emitted.
     """
@@ -197,8 +219,9 @@ class TokenEmitter:
         streamer=None,
         noise: NoiseQueue | None = None,
         sequence: int = 0,
+        is_judged: bool = False,
     ):
-        self.sequence = sequence
+        self.sequence, self.is_judged = sequence, is_judged
         self._ids, self.length = input_ids, input_ids.shape[1]
         self.emitted: list[int] = []
         self.settings: tuple | None = None  # of the processors when tokens were drawn beforehand; `None` is unwatched
@@ -263,12 +286,20 @@ class TokenEmitter:
         ids = torch.tensor([[token]], device="cpu").expand(1, self.length) if self.plain_criteria else self.input_ids
         self.finished = bool(self.stopping_criteria(ids, self.scores).all())
         if self.finished and self.noise is not None:
-            self.noise.end(self.sequence)
+            self.noise.end(self.sequence, len(self.emitted))
         if self.streamer is not None:
             self.streamer.put(torch.tensor([token], device="cpu"))
         if not self.plain_criteria:  # the user's may have written another token there, which the model then reads
             self.emitted[-1] = token = int(self._ids[0, -1])
         return token
+
+    def cut(self, count: int):
+        """It ends with its first `count` tokens."""
+        self.length -= len(self.emitted) - count
+        self._ids, self.finished = self._ids[:, : self.length], True
+        del self.emitted[count:]
+        if self.noise is not None:
+            self.noise.end(self.sequence, count)
 
 
 def fresh_row(logits: torch.Tensor) -> torch.Tensor:
@@ -277,75 +308,123 @@ def fresh_row(logits: torch.Tensor) -> torch.Tensor:
 
 
 def walk(
-    tree: CandidateTree, logits: torch.Tensor, emitter: TokenEmitter, path: list[int],
-    ahead: Sequence[tuple[int, int]] = (),
-):  # fmt: skip
+    tree: CandidateTree,
+    draw: Callable[[int, torch.LongTensor, torch.BoolTensor], torch.LongTensor | None],
+    levels: int,
+    nodes: torch.LongTensor | None = None,
+    going: torch.BoolTensor | None = None,
+) -> torch.LongTensor:
     """
-    Emits tokens from the root for as long as each is among its node's children; the first that is not is the bonus.
+    Follows the tokens drawn, level by level and in all trees at once, for as long as each is among its node's
+    children; the first that is not is the bonus. Waits for no value, so that a graph can hold it, unless `draw` does.
 
     Args:
-        logits (`[1, nodes, vocabulary]`): the target's, at every node.
-        path: filled with the nodes at which a token was drawn, the root first: the rows to keep, also when code of the
-            user's raises on the way.
-        ahead: (node, token) of a whole walk made beforehand; it holds until code of the user's draws on the way.
+        draw: (level, nodes, going) -> the tokens drawn at these nodes, `[batch]` each; `None` ends the walk.
+        levels: of the tree.
+        nodes, going (`[batch]`): where to begin, and in which trees; by default at all roots.
+
+    Returns:
+        `[batch, 1 + 2 * (levels + 1)]`: how many tokens were drawn, the nodes they were drawn at, and the tokens. What
+        follows those drawn means nothing.
     """
-    node = 0
-    for node, drawn in ahead:
-        if not emitter.can_take():
+    numbers = torch.arange(len(tree), device=tree.tokens.device)
+    nodes = torch.zeros_like(tree.tokens[:, 0]) if nodes is None else nodes
+    going = torch.ones_like(nodes, dtype=torch.bool) if going is None else going
+    count, visited, tokens = torch.zeros_like(nodes), [], []
+    for level in range(levels + 1):
+        token = draw(level, nodes, going)
+        if token is None:
             break
-        path.append(node)
-        token = emitter.take(drawn)
-        if emitter.finished:
-            return
-        if token != drawn:  # a criterion wrote another one in its place
-            node = tree.children().get((node, token))
-            if node is None:
-                return
-            break
-    else:
-        if ahead:
-            return
-    children = tree.children()
-    while True:
-        path.append(node)
-        token = emitter.emit(logits[:, node])
-        node = children.get((node, token))
-        if emitter.finished or node is None:
-            return
+        visited.append(nodes), tokens.append(token)
+        count = count + going
+        at = nodes[:, None]
+        child = (tree.parents == at) & (tree.tokens == token[:, None]) & (numbers != at)
+        going = going & child.any(1)
+        nodes = torch.where(going, child.long().argmax(1), nodes)
+    return torch.stack((count, *visited, *tokens), dim=1)
 
 
 def walk_ahead(
-    tree: CandidateTree, logits: torch.Tensor, warpers: LogitsProcessorList, rows: torch.Tensor | None, levels: int
+    tree: CandidateTree, logits: torch.Tensor, warpers: LogitsProcessorList, noise: torch.Tensor | None, levels: int
 ) -> torch.LongTensor:
     """
-    [`walk`] on device tensors alone, so that a graph can hold it: without criteria and streamer, which see its tokens
-    later, and without processors that look at the tokens before.
+    [`walk`] without criteria and streamers, which see its tokens later, and without processors that look at the tokens
+    before.
 
     Args:
-        tree (of one sequence), logits (`[1, nodes, vocabulary]`).
+        logits (`[batch, nodes, vocabulary]`): the target's, at every node.
         warpers: processors of the scores alone.
-        rows (`[levels + 1, V]`): the noise of the coming draws; `None` is greedy.
-        levels: of the tree.
+        noise (`[levels + 1, batch, V]`): of the coming draws; `None` is greedy.
 
     Returns:
-        `[2 + 2 * (levels + 1)]`: how many tokens were drawn; 1 if each draw's distribution was one, else 0; the nodes
-        they were drawn at; the tokens. What follows those drawn means nothing.
+        What [`walk`] returns; no token counts where a draw's distribution was none.
     """
-    numbers = torch.arange(len(tree), device=logits.device)
-    node = torch.zeros(1, dtype=torch.long, device=logits.device)
-    going = torch.ones(1, dtype=torch.bool, device=logits.device)
-    count, sound, nodes, tokens = torch.zeros_like(node), going, [], []
-    for level in range(levels + 1):
-        scores = warpers(None, fresh_row(logits[:, node][0]))
-        if rows is None:
-            token = torch.argmax(scores, dim=-1)
-        else:
-            probabilities = torch.nn.functional.softmax(scores, dim=-1)
-            token = race(probabilities, rows[level][None])
-            sound = sound & (_is_distribution(probabilities) | ~going)
-        nodes.append(node), tokens.append(token)
-        count = count + going
-        child = (tree.parents[0] == node) & (tree.tokens[0] == token) & (numbers != node)
-        going = going & child.any()
-        node = torch.where(going, child.long().argmax(), node)
-    return torch.cat((count, sound.long(), *nodes, *tokens))
+    rows, sound = torch.arange(len(logits), device=logits.device), torch.ones_like(logits[:, 0, 0], dtype=torch.bool)
+
+    def draw(level: int, nodes: torch.LongTensor, going: torch.BoolTensor) -> torch.LongTensor:
+        nonlocal sound
+        scores = warpers(None, fresh_row(logits[rows, nodes]))
+        if noise is None:
+            return torch.argmax(scores, dim=-1)
+        probabilities = torch.nn.functional.softmax(scores, dim=-1)
+        sound = sound & (_is_distribution(probabilities) | ~going)
+        return race(probabilities, noise[level])
+
+    walked = walk(tree, draw, levels)
+    return torch.where(sound[:, None], walked, 0)
+
+
+def walk_and_emit(
+    tree: CandidateTree, logits: torch.Tensor, emitters: Sequence[TokenEmitter], paths: Sequence[list[int]],
+    levels: int, nodes: Sequence[int | None],
+):  # fmt: skip
+    """
+    [`walk`] that emits each token as it is drawn.
+
+    Args:
+        logits (`[batch, nodes, vocabulary]`): the target's, at every node.
+        paths: filled with the nodes at which a token was drawn, the root first: the rows to keep, also when code of
+            the user's raises on the way.
+        nodes: where to begin; `None` is not at all.
+    """
+
+    def draw(level: int, nodes: torch.LongTensor, going: torch.BoolTensor) -> torch.LongTensor | None:
+        if not going.any():
+            return None
+        tokens = [-1] * len(emitters)  # which is nobody's child
+        for row, (node, goes) in enumerate(zip(nodes.tolist(), going.tolist(), strict=True)):
+            if goes:
+                paths[row].append(node)
+                token = emitters[row].emit(logits[row : row + 1, node])
+                tokens[row] = -1 if emitters[row].finished else token
+        return torch.tensor(tokens, device="cpu")
+
+    tokens, parents = torch.stack((tree.tokens, tree.parents)).cpu()  # one wait for the device
+    begin = torch.tensor([0 if node is None else node for node in nodes], device="cpu")
+    going = torch.tensor([node is not None for node in nodes], device="cpu")
+    walk(CandidateTree(tokens, parents, torch.zeros_like(parents)), draw, levels, begin, going)
+
+
+def emit_drawn(
+    tree: CandidateTree, row: int, drawn: Sequence[tuple[int, int]], emitter: TokenEmitter, path: list[int]
+) -> int | None:
+    """
+    Emits tokens that were drawn beforehand, by [`walk_ahead`], for as long as plain decoding would draw the same.
+
+    Args:
+        drawn: nodes and the tokens drawn there.
+        path: filled as by [`walk_and_emit`].
+
+    Returns:
+        The node to go on from with draws of its own, if there is one.
+    """
+    for node, token in drawn:
+        if not emitter.can_take():
+            return node
+        path.append(node)
+        told = emitter.take(token)
+        if emitter.finished:
+            return None
+        if told != token:  # a criterion wrote another one in its place
+            return tree.children(row).get((node, told))
+    return None

@@ -19,12 +19,12 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import AutoTokenizer
 
+from ..configuration_fspad import FSPADConfig
 from ..evaluation.ablation_report import BASELINE, OURS, judge, write_report
 from ..evaluation.bench import describe_machine
 from ..evaluation.paired import paired_difference
 from ..evaluation.spec_bench import read_questions
 from ..modeling_fspad import FSPADDraftModel
-from ..pretrained import draft_config
 from ..runtime import changed_settings, counted, duration, quiet_transformers, status, write_file, write_json
 from ..speculation_config import SpeculationConfig
 from .acceptance import KnownAnswer, known_answers, mean_tau, simulate_answer
@@ -181,7 +181,7 @@ def _wanted(draft: Draft, target: str, data: DataConfig, dtype: torch.dtype, tra
 def _check_trained(draft: Draft, wanted: dict) -> None:
     if (told := draft.provenance()) is None:
         return
-    saved = vars(draft_config(draft.folder)) | vars(SpeculationConfig.from_pretrained(draft.folder))
+    saved = vars(FSPADConfig.from_pretrained(draft.folder)) | vars(SpeculationConfig.from_pretrained(draft.folder))
     told |= {f"draft_{name}": saved[name] for name in draft.fields}
     if changes := changed_settings({name: told.get(name) for name in wanted}, wanted):
         raise ValueError(

@@ -19,7 +19,7 @@ from ..generation.probe import probe
 from ..generation.rounds import depth_limit
 from ..generation.tree import CandidateTree
 from ..generation.tuning import FixedTrees
-from ..generation.verification import walk
+from ..generation.verification import walk_and_emit
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel, FSPADDraftOutput
 from ..runtime import counted, quiet_transformers, writable_file, write_json
@@ -79,9 +79,9 @@ def simulate(
     view = found.view(target)
     if features is None:
         features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
-    drafter = Drafter(draft, view, logits_processor, noise, draft.speculation_settings())
+    drafter = Drafter(draft, view, logits_processor, draft.speculation_settings())
     read = drafter.accept(features[:, :-1], sequence[:, 1:])
-    rows = None if drafter.noise is None else noise.rows
+    rows = noise.rows if noise is not None and drafter.settings.coupled_drafting else None
 
     fixed = FixedTrees(drafter.settings)
     logits = fixed.shape.top_k * (draft.config.draft_vocab_size or draft.config.vocab_size)  # of a level of a tree
@@ -106,9 +106,9 @@ def simulate(
         else:
             tree = trees.best(root, length - grown.start, chosen.total_nodes).trimmed()
         if chain := found.tokens[: limit(length, chosen.lookup)]:
-            tree = tree.grafted(torch.tensor(chain)).trimmed()
+            tree = tree.grafted(torch.tensor([chain])).trimmed()
         path: list[int] = []
-        walk(tree, features.new_empty(1, len(tree), 0), emitter, path)
+        walk_and_emit(tree, features.new_empty(1, len(tree), 0), [emitter], [path], len(tree), [0])
         record.accepted_lengths.append(len(path))
         lookup.extend(emitter.tokens[length : emitter.at])
     return record

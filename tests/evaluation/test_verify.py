@@ -106,14 +106,14 @@ def test_a_broken_walk_fails_the_command(llama, tokenizer, draft, tmp_path, monk
     llama.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
     draft.save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
 
-    def gullible(tree, logits, emitter, path, ahead):
+    def gullible(tree, logits, emitters, paths, *_):
         node = 1 if tree.tokens.shape[1] > 1 else 0
-        path += [0, node][: 1 + bool(node)]
-        for row in path:
-            if not emitter.finished:
-                emitter.emit(logits[:, row])
+        paths[0] += [0, node][: 1 + bool(node)]
+        for row in paths[0]:
+            if not emitters[0].finished:
+                emitters[0].emit(logits[:, row])
 
-    monkeypatch.setattr(rounds, "walk", gullible)
+    monkeypatch.setattr(rounds, "walk_and_emit", gullible)
     paths = ["--target", str(tmp_path / "target"), "--draft", str(tmp_path / "draft")]
     assert main(["verify", *paths, "--prompt", "tell me", "--seeds", "1", "--max-new-tokens", "12"]) == 1
     shown = capsys.readouterr().out

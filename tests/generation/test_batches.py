@@ -1,7 +1,6 @@
 """Several sequences at once: as plain batched `generate`, token for token, and the generator at the end as well."""
 
 import copy
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +10,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LogitsProc
 from transformers.generation.streamers import BaseStreamer
 
 from fspad_hf.generation.drafting import Drafter
-from fspad_hf.generation.tree import CandidateTree
 from fspad_hf.host import CACHE
 
 from .. import tiny
-from ..conftest import Oracle, fresh_draft
+from ..conftest import Oracle, fresh_draft, oracles_growth
 
 SETTINGS = {
     "greedy": {},
@@ -195,16 +193,8 @@ def test_a_sampled_sequence_waits_for_the_others(llama, mode, monkeypatch):
         outcomes.append((out.tolist(), torch.get_rng_state().tolist()))
         if assistant is None:  # the first sequence is guessed, the others are not
             oracles = [Oracle(row, accuracy, 64) for row, accuracy in zip(out.tolist(), (1.0, 0.0, 0.0), strict=True)]
-
-            def grow(self, roots, shape, sequences=(0,), oracles=oracles):
-                trees = []
-                for number, length, root in zip(sequences, self.cache.lengths, roots, strict=True):
-                    before = SimpleNamespace(cache=SimpleNamespace(length=length))
-                    trees.append(oracles[number].grow(before, root[None], shape.depth))
-                return CandidateTree.stacked(trees)
-
-            monkeypatch.setattr(Drafter, "grow", grow)
-    assert outcomes[0] == outcomes[1] and 5 < max(held) <= 2 + 1 + 5
+            monkeypatch.setattr(Drafter, "grow", oracles_growth(oracles, monkeypatch))
+    assert outcomes[0] == outcomes[1] and 5 < max(held) <= 2 + 1 + 5 + 4  # and what the draft sees
 
 
 class Steps(BaseStreamer):
@@ -242,11 +232,66 @@ class Never(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
+class Judge(StoppingCriteria):
+    """The user's own: it sees all sequences at every step, counts, and ends one by what the others say."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        assert scores is None
+        self.seen.append(input_ids.tolist())
+        other = input_ids[:, -1].roll(1)
+        return (input_ids[:, -1] + other + len(self.seen)) % 23 == 0
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_criteria_that_see_all_sequences(name, mode, oracle, monkeypatch):
+    """Step by step and together, as plain decoding shows them, also where a sequence has gone on meanwhile."""
+    from fspad_hf.generation.verification import TokenEmitter
+
+    model, (ids, mask), cuts = tiny.build(name), ragged((6, 9, 4, 7)), []
+    cut = TokenEmitter.cut
+    monkeypatch.setattr(TokenEmitter, "cut", lambda self, n: cuts.append(len(self.emitted) - n) or cut(self, n))
+    for seed in range(6):
+        found = []
+        for assistant in (None, fresh_draft(model)):
+            torch.manual_seed(seed)
+            judge, steps = Judge(), Steps()
+            out = model.generate(
+                ids, attention_mask=mask, assistant_model=assistant, max_new_tokens=30, eos_token_id=[5, 9],
+                pad_token_id=0, stopping_criteria=[judge], streamer=steps, **SETTINGS[mode],
+            )  # fmt: skip
+            found.append((out.tolist(), judge.seen, steps.seen, torch.get_rng_state().tolist()))
+            if assistant is None:
+                texts = [[t for t, m in zip(row, [*one, *[1] * 99], strict=False) if m] for row, one in zip(
+                    out.tolist(), mask.tolist(), strict=True)]  # fmt: skip
+                oracle(texts, 0.9, 64)
+        assert found[0] == found[1]
+    assert max(cuts) > 0  # some had
+
+
+def test_a_judged_batch_gives_plain_decodings_cache_back(llama):
+    draft, (ids, mask) = fresh_draft(llama), ragged((6, 9, 4))
+    arguments = {"attention_mask": mask, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": [5, 9]}
+    plain, ours = (
+        llama.generate(
+            ids, assistant_model=one, stopping_criteria=[Judge()], return_dict_in_generate=True, **arguments
+        )
+        for one in (None, draft)
+    )
+    assert plain.sequences.tolist() == ours.sequences.tolist() and ours.speculation is not None
+    for theirs, mine in zip(plain[CACHE].layers, ours[CACHE].layers, strict=True):
+        real = torch.cat((mask, torch.ones(3, theirs.keys.shape[2] - mask.shape[1])), dim=1).bool()
+        assert (theirs.keys - mine.keys).abs().amax((1, 3))[real].max() < 1e-4
+
+
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
         ({"logits_processor": [Nothing()]}, "Nothing in a batch"),
-        ({"stopping_criteria": [Never()]}, "Never in a batch"),
+        ({"stopping_criteria": [Never()], "eos_token_id": None}, "Never without an EOS"),
         ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
         ({"max_time": 60.0, "eos_token_id": None}, "MaxTimeCriteria without an EOS"),
     ],

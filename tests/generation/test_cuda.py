@@ -9,7 +9,7 @@ import warnings
 import pytest
 import torch
 
-from fspad_hf.generation.workspace import WorkspacePool
+from fspad_hf.generation.graphs import GraphPool
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -70,7 +70,7 @@ def test_graphs(name, settings, teach, prompt):
         fast = model.generate(ids, assistant_model=draft, **arguments, **settings)
         assert fast.sequences.tolist() == plain.sequences.tolist() and fast.speculation.tau > 2
         assert torch.equal(torch.cuda.get_rng_state(), state)
-    refused = set(WorkspacePool.of(draft).refused.values())
+    refused = set(GraphPool.of(draft).refused.values())
     assert not refused or (name in EXPERTS and all("Cannot copy between CPU and CUDA" in said for said in refused))
 
 
@@ -91,7 +91,7 @@ def test_graphs_of_a_real_draft(prompt, overrides, tmp_path, monkeypatch):
                 out = model.generate(ids, assistant_model=assistant, max_new_tokens=50, eos_token_id=None, **settings)
                 outcomes.append((out.tolist(), torch.cuda.get_rng_state().tolist()))
             assert outcomes[0] == outcomes[1]
-    assert not WorkspacePool.of(draft).refused
+    assert not GraphPool.of(draft).refused
 
 
 def test_a_captured_round_waits_once(prompt):

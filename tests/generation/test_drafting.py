@@ -2,22 +2,21 @@ import pytest
 import torch
 
 from fspad_hf import SpeculationRecord
-from fspad_hf.generation.drafting import Drafter
+from fspad_hf.generation.drafting import Drafter, latest
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
 from fspad_hf.generation.verification import NoiseQueue
 from fspad_hf.modeling_fspad import FSPADDraftOutput
 
-from ..conftest import fresh_draft
+from ..conftest import fresh_draft, grown
 
 
-def prepared(llama, draft, prompt, noise=None):
-    generator = Drafter(draft, Target(llama), noise=noise)
+def prepared(llama, draft, prompt):
+    generator = Drafter(draft, Target(llama))
     with torch.no_grad():
         features = llama.model(prompt[:, :-1]).last_hidden_state
     generator.accept(features[:, :6], prompt[:, 1:7])  # in two parts, as rounds do
-    generator.accept(features[:, 6:], prompt[:, 7:])
-    return generator, features
+    return generator, features, generator.accept(features[:, 6:], prompt[:, 7:])
 
 
 @pytest.mark.parametrize("vocabulary", [None, 20])
@@ -36,9 +35,10 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, voc
         ids = draft.draft_vocab_ids = torch.randperm(64, generator=torch.Generator().manual_seed(2))[:vocabulary]
     torch.manual_seed(3)
     noise = NoiseQueue(torch.device("cpu"), 64) if kappa else None
-    generator, features = prepared(llama, draft, prompt, noise)
-    tree = generator.grow(prompt[:, -1:], TreeShape.of(draft.speculation_settings()))
-    rows = noise.peek(depth)[:, 0] if kappa else None
+    generator, features, read = prepared(llama, draft, prompt)
+    seen = noise.peek(depth) if kappa else None
+    tree = grown(generator, read, prompt[:, -1:], TreeShape.of(draft.speculation_settings()), seen)
+    rows = seen[:, 0] if kappa else None
 
     def expand(path):
         """The draft over the true pairs and then its own features: log-confidences of the node's children."""
@@ -67,12 +67,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, voc
     for node in range(1, len(tree)):
         paths.append((*paths[int(tree.parents[0, node])], int(tree.tokens[0, node])))
     assert set(paths[1:]) == expected
-    assert generator.cache.length == prompt.shape[1] - 1  # nothing of the tree stays in the draft's cache
-
-
-def test_depth_zero_is_the_root_alone(llama, prompt):
-    generator, _ = prepared(llama, fresh_draft(llama), prompt)
-    assert generator.grow(prompt[:, -1:], TreeShape(0, 3, 3)).tokens.tolist() == prompt[:, -1:].tolist()
+    assert generator.cache.lengths == [prompt.shape[1] - 1]  # nothing of the tree stays in the draft's cache
 
 
 def test_coupled_drafting_accepts_more(llama, prompt):
@@ -104,14 +99,14 @@ def test_a_batch_is_its_rows_side_by_side(llama, coupled):
         ids = torch.randint(3, 64, (3, 9))
         noise = torch.empty(4, 3, 64).exponential_() if coupled else None
     features = llama.model(ids).last_hidden_state
-    drafter = Drafter(draft, Target(llama))
+    drafter = Drafter(draft, Target(llama), texts=3)
     read = drafter.accept(features[:, :-1], ids[:, 1:])
     last = FSPADDraftOutput(read.logit_features[:, -1:], read.features[:, -1:])
     trees = drafter.grow_at(last, torch.full((3, 1), 7), shape, noise).best(ids[:, -1:])
     for row in range(3):
         alone = Drafter(draft, Target(llama))
-        alone.accept(features[row : row + 1, :-1], ids[row : row + 1, 1:])
-        expected = alone.grow_padded(ids[row : row + 1, -1:], shape, noise[:, [row]] if coupled else None)
+        read = alone.accept(features[row : row + 1, :-1], ids[row : row + 1, 1:])
+        expected = grown(alone, read, ids[row : row + 1, -1:], shape, noise[:, [row]] if coupled else None)
         for part in ("tokens", "parents", "depths"):
             assert getattr(trees, part)[row].tolist() == getattr(expected, part)[0].tolist(), (row, part)
         torch.testing.assert_close(trees.scores[row], expected.scores[0], atol=1e-4, rtol=1e-4)
@@ -120,13 +115,17 @@ def test_a_batch_is_its_rows_side_by_side(llama, coupled):
 @torch.no_grad()
 def test_a_text_that_waits_keeps_its_tree(llama):
     """What another text reads meanwhile moves nothing of it."""
-    drafter, shape = Drafter(fresh_draft(llama), Target(llama)), TreeShape(3, 4, 12)
+    drafter, shape = Drafter(fresh_draft(llama), Target(llama), texts=2), TreeShape(3, 4, 12)
     ids = torch.randint(3, 64, (2, 9), generator=torch.Generator().manual_seed(4))
     features = llama.model(ids).last_hidden_state
-    drafter.accept(features[:, :5], ids[:, 1:6], [5, 3])
-    before = drafter.grow(ids[:, [5]], shape, (0, 1))
-    drafter.accept(features[:, 3:6], ids[:, 4:7], [0, 3])
-    after = drafter.grow(ids[:, [5]], shape, (0, 1))
+
+    def trees(read):
+        return read, drafter.grow(read, drafter.cache.behind(ids.device), ids[:, [5]], shape)
+
+    counts = torch.tensor([[5], [3]])
+    read, before = trees(latest(drafter.accept(features[:, :5], ids[:, 1:6], [5, 3]), counts))
+    counts = torch.tensor([[0], [3]])
+    _, after = trees(latest(drafter.accept(features[:, 3:6], ids[:, 4:7], [0, 3]), counts, read))
     assert drafter.cache.lengths == [5, 6]
     assert before.of(0).tokens.tolist() == after.of(0).tokens.tolist()
     torch.testing.assert_close(before.of(0).scores, after.of(0).scores, atol=1e-5, rtol=1e-5)

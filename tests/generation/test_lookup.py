@@ -56,11 +56,11 @@ def test_grafting_adds_a_path_and_nothing_else(data, nodes, padded):
         chain = [*data.draw(st.sampled_from(sorted(before - {()}))), *chain]
     if padded:
         held = torch.tensor([*chain, *data.draw(st.lists(st.integers(0, 3), max_size=5))])
-        grafted = tree.grafted(held, torch.tensor([len(chain)]))
+        grafted = tree.grafted(held[None], torch.tensor([[len(chain)]]))
         assert len(grafted) == len(tree) + len(held)
     else:
         tree = tree.trimmed()
-        grafted = tree.grafted(torch.tensor(chain))
+        grafted = tree.grafted(torch.tensor([chain]))
     whole = grafted.trimmed()
     assert token_paths(whole) == before | {tuple(chain[:end]) for end in range(len(chain) + 1)}
     assert len(token_paths(whole)) == len(whole) == len(whole.children()) + 1  # no node twice
@@ -72,7 +72,7 @@ def test_grafting_adds_a_path_and_nothing_else(data, nodes, padded):
 
 
 def test_a_root_alone_can_be_grafted_on():
-    tree = CandidateTree.root(torch.tensor([[7]])).grafted(torch.tensor([4, 5]))
+    tree = CandidateTree.root(torch.tensor([[7]])).grafted(torch.tensor([[4, 5]]))
     assert tree.scores is None and token_paths(tree) == {(), (4,), (4, 5)}
 
 

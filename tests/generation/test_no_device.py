@@ -39,8 +39,9 @@ def test_the_tokens_are_the_host_s_and_nothing_is_mixed(found, name, mode):
 
 
 def test_reads_of_a_round(found):
-    """How often the host waits for the device: three times, and once a token. docs/support.md says so."""
+    """How often the host waits for the device. docs/support.md says so."""
     for mode in MODES:
         one = found["llama", mode]
         assert one["draft"]["same"] and len(one["rounds"]) > 5
-        assert all(reads == 3 + tokens for reads, tokens in one["rounds"][:-1]), one["rounds"]  # the last has no tree
+        own = int(mode == "sampled")  # of each token; such a device draws by an algorithm of its own
+        assert all(reads == 2 + own * tokens for reads, tokens in one["rounds"][:-1]), one["rounds"]

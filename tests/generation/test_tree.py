@@ -49,18 +49,15 @@ def test_every_kept_node_keeps_its_parent(nodes, total):
 
 
 @settings(deadline=None, max_examples=100)
-@given(grown(), st.integers(0, 6), st.one_of(st.none(), st.integers(1, 5)), st.one_of(st.none(), st.integers(0, 3)))
+@given(grown(), st.integers(0, 6), st.one_of(st.none(), st.integers(1, 5)), st.integers(0, 3))
 def test_mask_shows_ancestors_and_the_prefix_within_the_window(nodes, length, window, spare):
-    """With `spare` in a fixed shape: so many columns more, and stale ones where the nodes' are to be."""
+    """With so many `spare` columns behind the nodes', and stale ones where these are to be."""
     parents, depths, scores = nodes
     tree = GrownTrees(torch.arange(len(parents))[None], parents[None], depths, scores[None], 30).best(ROOT)
     prefix = torch.arange(length)[None] % 4 != 1
-    if spare is None:
-        visible = tree.attention_mask(prefix, torch.float32, window)[0, 0] == 0
-    else:
-        columns = torch.cat((prefix, torch.ones(1, len(tree) + spare, dtype=torch.bool)), dim=-1)
-        visible = tree.attention_mask(columns, torch.float32, window, torch.tensor([length]))[0, 0] == 0
-        assert not visible[:, length + len(tree) :].any()
+    columns = torch.cat((prefix, torch.ones(1, len(tree) + spare, dtype=torch.bool)), dim=-1)
+    visible = tree.attention_mask(columns, torch.tensor([[length]]), torch.float32, window)[0, 0] == 0
+    assert not visible[:, length + len(tree) :].any()
     padding = {node for node in range(1, len(tree)) if int(tree.parents[0, node]) == node}
     for node in range(len(tree)):
         path, at = {node}, node

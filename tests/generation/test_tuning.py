@@ -16,7 +16,7 @@ from fspad_hf.generation.tuning import NOTHING, PLAIN, FixedTrees, TunedTrees, _
 from fspad_hf.speculation_config import SpeculationConfig
 
 from .. import tiny
-from ..conftest import fresh_draft
+from ..conftest import fresh_draft, grown
 
 
 def known_costs(forward: dict[int, float], level: float) -> RoundCosts:
@@ -132,11 +132,11 @@ def test_a_path_tells_what_smaller_trees_would_have_accepted(llama, prompt):
             weight.data.mul_(1 + seed)
         generator = Drafter(draft, Target(llama))
         with torch.no_grad():
-            generator.accept(llama.model(prompt[:, :-1]).last_hidden_state, prompt[:, 1:])
-        large = generator.grow(prompt[:, -1:], TreeShape.of(draft.speculation_settings()))
+            read = generator.accept(llama.model(prompt[:, :-1]).last_hidden_state, prompt[:, 1:])
+        large = grown(generator, read, prompt[:, -1:], TreeShape.of(draft.speculation_settings()))
         leaves = set(range(len(large))) - set(large.parents[0].tolist())
         for shape in ladder(draft.speculation_settings())[1:]:
-            paths = token_paths(generator.grow(prompt[:, -1:], shape))
+            paths = token_paths(grown(generator, read, prompt[:, -1:], shape))
             for leaf in leaves:
                 path = [leaf]
                 while path[0]:
@@ -204,7 +204,7 @@ def test_what_is_looked_up_is_weighed_against_what_is_drafted():
                 depth = min(drafted, shape.depth)
                 tree = straight(text[:depth] + [-2] * (shape.depth - depth))
             if shape.lookup:
-                tree = tree.grafted(torch.tensor(found.tokens[: shape.lookup])).trimmed()
+                tree = tree.grafted(torch.tensor([found.tokens[: shape.lookup]])).trimmed()
             children, path = tree.children(), [0]
             while (node := children.get((path[-1], text[len(path) - 1]))) is not None:
                 path.append(node)

@@ -1,6 +1,5 @@
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from fspad_hf.training import acceptance
 from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
 from fspad_hf_cli import main
 
-from ..conftest import fresh_draft
+from ..conftest import fresh_draft, grown
 
 
 @pytest.mark.parametrize("mode", ["greedy", "coupled", "uncoupled"])
@@ -115,16 +114,16 @@ def test_trees_side_by_side_are_those_of_decoding(llama, coupled):
         ids, shape = torch.randint(3, 64, (1, 14)), TreeShape(4, 5, 30)
         noise = torch.empty(16, 64).exponential_() if coupled else None
     features = llama.model(ids).last_hidden_state
-    many, places = Drafter(draft, Target(llama), noise=noise), range(3, 12)
+    many, places = Drafter(draft, Target(llama)), range(3, 12)
     read = many.accept(features[:, :-1], ids[:, 1:])
     read = FSPADDraftOutput(read.logit_features[:, 3:12], read.features[:, 3:12])
     rows = torch.stack([noise[level : level + 9] for level in range(4)]) if coupled else None
-    grown = many.grow_at(read, torch.tensor([list(places)]), shape, rows)
+    trees = many.grow_at(read, torch.tensor([list(places)]), shape, rows)
     for number, place in enumerate(places):
-        peek = SimpleNamespace(peek=lambda count, _, first=number: noise[first : first + count, None])
-        one = Drafter(draft, Target(llama), noise=peek if coupled else None)
-        one.accept(features[:, : place + 1], ids[:, 1 : place + 2])
-        expected, made = one.grow(ids[:, [place + 1]], shape), grown.best(ids[:, [place + 1]], number).trimmed()
+        one, root = Drafter(draft, Target(llama)), ids[:, [place + 1]]
+        alone = one.accept(features[:, : place + 1], ids[:, 1 : place + 2])
+        seen = noise[number : number + 4, None] if coupled else None
+        expected, made = grown(one, alone, root, shape, seen), trees.best(root, number).trimmed()
         for part in ("tokens", "parents", "depths"):
             assert getattr(made, part).tolist() == getattr(expected, part).tolist(), (place, part)
         torch.testing.assert_close(made.scores, expected.scores, atol=1e-4, rtol=1e-4)

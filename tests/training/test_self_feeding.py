@@ -13,7 +13,7 @@ from fspad_hf.training.packing import segment_mask, segment_positions
 from fspad_hf.training.self_feeding import self_fed_outputs
 from fspad_hf.training.trainer import train
 
-from ..conftest import fresh_draft
+from ..conftest import fresh_draft, grown
 
 STEPS = 4
 
@@ -30,8 +30,8 @@ def drafted(draft, llama, ids, features, root):
     """o_logit of every level below the pair `root`, whose token is drawn from true features; a level each."""
     chain = Chain(draft, Target(llama))
     chain.said, chain.known = [], F.pad(ids[0, root + 2 :], (0, 1))  # what the last level draws is not read
-    chain.accept(features[:, : root + 1], ids[:, 1 : root + 2])
-    chain.grow(ids[:, root + 1 : root + 2], TreeShape(min(STEPS, ids.shape[1] - 1 - root), 1, STEPS))
+    read = chain.accept(features[:, : root + 1], ids[:, 1 : root + 2])
+    grown(chain, read, ids[:, root + 1 : root + 2], TreeShape(min(STEPS, ids.shape[1] - 1 - root), 1, STEPS))
     return chain.said
 
 
