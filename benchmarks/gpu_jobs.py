@@ -1,6 +1,5 @@
 """The jobs of gpu.py. Each is a function of the options and of the figures that it fills in as it goes."""
 
-import contextlib
 import json
 import platform
 import shutil
@@ -15,16 +14,14 @@ import gpu_training
 import torch
 import transformers
 from gpu import ROOT, write_json
-from torch.autograd import DeviceType
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.evaluation.forcing import forced
-from fspad_hf.evaluation.instrument import covered
-from fspad_hf.evaluation.peers import MODES, CompiledMethod
-from fspad_hf.evaluation.profile import variant
-from fspad_hf.evaluation.shapes import random_draft, random_target, shape_config
+from fspad_hf.evaluation.peers import MODES, CompiledMethod, RoundTimer
+from fspad_hf.evaluation.profile import with_graphs
+from fspad_hf.evaluation.shapes import Decree, random_pair, shape_config
 from fspad_hf.evaluation.spec_bench import read_questions
+from fspad_hf.evaluation.trace import Tracer
 from fspad_hf.generation.graphs import GraphPool
 from fspad_hf.loading import encode_chat
 
@@ -101,7 +98,7 @@ def check_tokens(options: Options, figures: Figures, graphs: bool) -> None:
         config = shape_config("smollm2-135m")
         if options.rehearse:
             config.num_hidden_layers, config.vocab_size = 2, 512
-        return random_target(config, options.device, dtype)
+        return random_pair(config, options.device, dtype, {})[0]
 
     makers = {name: tiny_model(name) for name in ("llama", "gemma3_text", "gpt2", "mixtral")} | {"smollm2-135m": small}
     rows = []
@@ -175,8 +172,8 @@ def speed_8b(options: Options, figures: Figures) -> None:
     config = shape_config("smollm2-135m" if options.rehearse else "llama-3-8b")
     if options.rehearse:
         config.num_hidden_layers, config.vocab_size = 2, 512
-    target = random_target(config, options.device, torch.bfloat16)
-    drafted = random_draft(target, draft_vocab_size=min(32000, config.vocab_size))
+    overrides = {"draft_vocab_size": min(32000, config.vocab_size)}
+    target, drafted = random_pair(config, options.device, torch.bfloat16, overrides)
     prompt = torch.arange(3, 3 + (32 if options.rehearse else 512), device=options.device)[None] % config.vocab_size
     modes = ("greedy",)
     _measure_speed(options, figures, target, drafted, [prompt], modes, 24 if options.rehearse else 128, tau=4.0)
@@ -215,21 +212,23 @@ def _measure_speed(options, figures, target, drafted, prompts, modes, tokens, ta
     """
     compiled = CompiledMethod()
     compiled.prepare(target, max(ids.shape[1] for ids in prompts) + tokens)
-    ours = {"ours, eager": variant(drafted, False)}
+    ours = {"ours, eager": with_graphs(drafted, False)}
     if options.device.type == "cuda":
-        ours["ours, graphs"] = variant(drafted, True)
+        ours["ours, graphs"] = with_graphs(drafted, True)
     methods = {"plain": lambda: {}}
     methods |= {name: (lambda model=model: {"assistant_model": model}) for name, model in ours.items()}
     methods["plain, static cache + compile"] = compiled.call_arguments  # last, as nobody knows how long that takes
 
-    def answer(name: str, ids: torch.Tensor, mode: str, tokens: int):
-        with contextlib.ExitStack() as stack:
-            arguments = methods[name]()
-            if tau is not None and name in ours:
-                processor = stack.enter_context(forced(tau))
-                if name == "ours, eager":  # the walk of graphs, being captured, is decreed without a processor
-                    arguments["logits_processor"] = LogitsProcessorList([processor])
-            return _timed(target, ids, mode, tokens, **arguments)
+    def answer(name: str, ids: torch.Tensor, mode: str, tokens: int, tracer: Tracer | None = None):
+        arguments, streamer = methods[name](), RoundTimer()
+        watching = [tracer] if tracer is not None else []
+        if tau is not None and name in ours:
+            watching.append(Decree(tau))
+            arguments["logits_processor"] = watching[-1:]
+        if watching:
+            streamer.on_round = lambda tree: [one.on_round(tree) for one in watching]
+            arguments["streamer"] = streamer
+        return _timed(target, ids, mode, tokens, **arguments)
 
     for mode in modes:
         told, plain = {}, None
@@ -249,7 +248,7 @@ def _measure_speed(options, figures, target, drafted, prompts, modes, tokens, ta
             if tau is None:
                 pairs = zip(used, plain, strict=True)
                 told[name]["identical"] = f"{sum(a['sequence'] == b['sequence'] for a, b in pairs)} of {len(used)}"
-            told[name] |= _round_parts(options, lambda n, name=name, m=mode: answer(name, prompts[0], m, n), tokens)
+            told[name] |= _round_parts(options, lambda *n, name=name, m=mode: answer(name, prompts[0], m, *n), tokens)
             print(mode, name, told[name], flush=True)
             said = ", ".join(f"{n} {t['tokens_per_second']:.0f}" for n, t in told.items() if "tokens_per_second" in t)
             heading = f"{part + ', ' if part else ''}{mode}"
@@ -274,30 +273,22 @@ def _timed(target: PreTrainedModel, ids: torch.Tensor, mode: str, tokens: int, *
     }  # fmt: skip
 
 
-def _round_parts(options: Options, answer: Callable[[int], dict], tokens: int) -> dict:
+def _round_parts(options: Options, answer: Callable[..., dict], tokens: int) -> dict:
     """
     Milliseconds a round (of plain decoding, a step), by the difference of a long and a short answer, which the prefill
-    drops out of; on CUDA also the kernels, what they take, and how long the device waits for the host.
+    drops out of; on CUDA also how long the device computes in one of ours, and waits for the host.
     """
     short, long = answer(max(tokens // 4, 2)), answer(tokens)
     rounds = long["rounds"] - short["rounds"]
     if rounds < 1:
         return {}
     wall = 1e3 * (long["seconds"] - short["seconds"]) / rounds
-    if options.device.type != "cuda":
-        return {"round_ms": wall, "device_ms": None, "host_ms": None, "kernels": None}
-    busy, kernels = [], []
-    for count in (max(tokens // 4, 2), tokens):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
-            answer(count)
-        events = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-        busy.append(covered([(e.time_range.start, e.time_range.end) for e in events]) / 1e3)
-        kernels.append(len(events))
-    device = (busy[1] - busy[0]) / rounds
-    return {
-        "round_ms": wall, "device_ms": device, "host_ms": max(wall - device, 0.0),
-        "kernels": (kernels[1] - kernels[0]) / rounds,
-    }  # fmt: skip
+    tracer = Tracer(options.device, rounds=4)
+    if options.device.type == "cuda" and long["record"] is not None:
+        answer(tokens, tracer)
+    busy = [one.busy for one in tracer.read()]
+    device = 1e3 * sum(busy) / len(busy) if busy else None
+    return {"round_ms": wall, "device_ms": device, "host_ms": None if device is None else max(wall - device, 0.0)}
 
 
 def _synchronize(device: torch.device) -> None:

@@ -1,6 +1,7 @@
 """What the commands share: devices, dtypes and models by name, quiet loading, files written whole."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 PROGRESS_LINES = 20
+LABELS = "fspad: "
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -199,3 +201,22 @@ def _partial(path: Path) -> Path:
 def common_prefix(these: Sequence[int], those: Sequence[int]) -> int:
     """Length of the common beginning."""
     return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(these, those, strict=False))))
+
+
+def label(name: str) -> torch.profiler.record_function:
+    """Around what traces of torch.profiler shall show under this name."""
+    return torch.profiler.record_function(LABELS + name)
+
+
+def labelled(name: str) -> Callable:
+    """[`label`] for a whole function."""
+
+    def wrap(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def labelled(*args, **kwargs):
+            with label(name):
+                return function(*args, **kwargs)
+
+        return labelled
+
+    return wrap

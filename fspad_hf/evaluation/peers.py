@@ -65,11 +65,15 @@ class Method:
     def prepare(self, target: PreTrainedModel, max_length: int) -> None:
         """Called once, with the length of the longest sequence to come."""
 
+    def timer(self) -> RoundTimer:
+        """A call's streamer."""
+        return RoundTimer()
+
     def answer(
         self, target: PreTrainedModel, inputs: dict[str, torch.Tensor], mode: str, max_new_tokens: int, seed: int
     ) -> Answer:
         """Runs and times one `generate`, after `torch.manual_seed(seed)`."""
-        timer = RoundTimer()
+        timer = self.timer()
         torch.manual_seed(seed)
         _synchronize(target.device)
         start = time.perf_counter()

@@ -1,27 +1,34 @@
-"""`fspad-hf profile`: where a speculation round's time goes, and how far that is from what the machine could do."""
+"""`fspad-hf profile`: where a speculation round's time goes, beside what reading the weights alone takes."""
 
+import contextlib
 import copy
 import dataclasses
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from ..generation import capturing
+from ..demo_target import released_draft
+from ..generation import graphs
 from ..generation.cache import ArenaCache
+from ..generation.costs import Stopwatch
 from ..generation.probe import probe
 from ..generation.tree import CandidateTree
 from ..host import CACHE
+from ..loading import encode_chat, load_models, tree_settings
 from ..modeling_fspad import FSPADDraftModel
-from ..speculation_config import SpeculationConfig
-from .bench import WARM_UP_TOKENS, reason
-from .forcing import check_tau, forced
-from .instrument import EXCLUDED, PARTS, Round, RoundClock, device_busy, instrumented
-from .peers import MODES, Answer, Method, make_methods
-from .roofline import copy_bandwidth, weight_traffic
+from ..runtime import quiet_transformers, resolve_device, resolve_dtype, status, writable_file, write_json
+from ..speculation_config import RANGES, SpeculationConfig
+from .bench import WARM_UP_TOKENS, describe_machine, reason
+from .peers import MODES, Answer, Method, RoundTimer, make_methods
+from .report import MODE_TITLES, figure_table
+from .shapes import Decree, random_pair, weight_bytes
+from .trace import PARTS, Round, Tracer, middle_half
+from .verify import PROMPTS, lengthen
 
 FSPAD, GRAPH = "FSPAD eager", "FSPAD graph"
 PEERS = ("compile", "prompt-lookup")
@@ -38,7 +45,7 @@ class ProfileSettings:
         modes: `greedy`, `sampled` (T = 1).
         methods: beside plain and FSPAD, any of `compile`, `prompt-lookup`.
         rows: of the verification forwards whose cost is measured on their own.
-        tau: tokens a round by decree, for random weights, see [`forced`]; `None` is the draft's own doing.
+        tau: tokens a round by decree, for random weights, see [`Decree`]; `None` is the draft's own doing.
     """
 
     max_new_tokens: int = 64
@@ -49,8 +56,13 @@ class ProfileSettings:
     seed: int = 0
     tau: float | None = None
 
-    def check(self, speculation: SpeculationConfig) -> None:
-        """`ValueError` if these settings measure nothing with a draft that speculates so."""
+    def check(self, speculation: SpeculationConfig, positions: int | None = None, prompt: int = 0) -> None:
+        """
+        `ValueError` if these settings measure nothing with a draft that speculates so.
+
+        Args:
+            positions, prompt: of the target, and tokens of the longest prompt.
+        """
         for name, known in (("modes", tuple(MODES)), ("methods", PEERS)):
             value = getattr(self, name)
             if set(value) - set(known) or len(set(value)) < len(value) or (name == "modes" and not value):
@@ -60,267 +72,380 @@ class ProfileSettings:
         if not self.rows or min(self.rows) < 1 or len(set(self.rows)) < len(self.rows):
             raise ValueError(f"rows={list(self.rows)}: expected numbers of 1 or more, each once.")
         if self.tau is not None:
-            check_tau(self.tau, speculation)
+            Decree.check(self.tau, speculation)
         # the first round reads the prompt, the last ones' trees are cut short: neither is counted
-        least = 2 * speculation.tree_depth + 3
+        least, needed = 2 * speculation.tree_depth + 3, prompt + self.max_new_tokens + speculation.tree_depth
         if self.max_new_tokens < least:
             raise ValueError(
                 f"{self.max_new_tokens} new tokens hold no round of a full tree: with "
                 f"tree_depth={speculation.tree_depth} expected {least} or more; raise --max-new-tokens (with --shape, "
                 "--rounds)."
             )
+        if positions is not None and needed > positions:
+            raise ValueError(
+                f"A prompt of {prompt} tokens, {self.max_new_tokens} new ones and {speculation.tree_depth} tree "
+                f"levels are more than the {positions} positions of the target: lower --context or --max-new-tokens "
+                "(with --shape, --rounds or --tau)."
+            )
 
 
-class ForcedMethod(Method):
-    """FSPAD whose rounds emit `tau` tokens on average."""
+class Watched(Method):
+    """FSPAD whose rounds are traced, or emit as many tokens as decreed."""
 
-    def __init__(self, name: str, draft: FSPADDraftModel, tau: float, clock: RoundClock | None = None):
+    def __init__(self, draft: FSPADDraftModel, tau: float | None):
+        name = GRAPH if draft.speculation_config.cuda_graphs else FSPAD
         super().__init__(name, {"assistant_model": draft})
-        self.tau, self.clock = tau, clock
-        self.captured = (
-            draft.speculation_config.cuda_graphs
-        )  # a processor of ours would take the walk out of the graph
+        self.tau, self.tracer = tau, None
 
-    def answer(self, *args, **kwargs) -> Answer:
-        excluded = nullcontext if self.clock is None else lambda: self.clock.inside(EXCLUDED)
-        with forced(self.tau, excluded) as processor:
-            self.arguments["logits_processor"] = LogitsProcessorList([] if self.captured else [processor])
-            return super().answer(*args, **kwargs)
+    def timer(self) -> RoundTimer:
+        timer = RoundTimer()
+        watching = [] if self.tau is None else [Decree(self.tau)]
+        self.arguments["logits_processor"] = list(watching)
+        watching += [] if self.tracer is None else [self.tracer]
+        if watching:
+            timer.on_round = lambda tree: [one.on_round(tree) for one in watching]
+        return timer
+
+    def traced(self, target: PreTrainedModel, *arguments) -> tuple[Answer, list[Round]]:
+        self.tracer = Tracer(target.device)
+        try:
+            return self.answer(target, *arguments), self.tracer.read()
+        finally:
+            self.tracer.stop()
+            self.tracer = None
 
 
-def fspad_method(draft: FSPADDraftModel, tau: float | None, clock: RoundClock | None = None) -> Method:
-    name = GRAPH if draft.speculation_config.cuda_graphs else FSPAD
-    return Method(name, {"assistant_model": draft}) if tau is None else ForcedMethod(name, draft, tau, clock)
-
-
-def variant(draft: FSPADDraftModel, cuda_graphs: bool) -> FSPADDraftModel:
+def with_graphs(draft: FSPADDraftModel, cuda_graphs: bool) -> FSPADDraftModel:
     """The same draft, on the same weights, with and without graphs."""
     other = copy.copy(draft)
     other.speculation_config = dataclasses.replace(draft.speculation_config, cuda_graphs=cuda_graphs)
     return other
 
 
-class VerifyCost:
-    """Times verification forwards over trees of given sizes behind one prompt, by the function that decoding runs."""
-
-    @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, input_ids: torch.LongTensor, rows: Sequence[int]):
-        found = probe(model)
-        self.rows, self.seconds = tuple(rows), {count: [] for count in rows}
-        self.target = found.view(model)
-        self.prefix = torch.ones_like(input_ids, dtype=torch.bool)
-        cache = DynamicCache(config=self.target.text_config)
-        model.get_decoder()(input_ids=input_ids, use_cache=True, **{CACHE: cache})
-        self.arena = ArenaCache.from_dynamic(cache)
-        self._pass()  # warms up, and the arena grows to its size
-
-    def measure(self) -> None:
-        """One forward of each size."""
-        for count, seconds in self._pass().items():
-            self.seconds[count].append(seconds)
-
-    @torch.no_grad()
-    def _pass(self) -> dict[int, float]:
-        clock, length = RoundClock(self.target.device), self.prefix.shape[1]
-        with instrumented(clock), self.target.listening():
-            for count in self.rows:
-                tokens = torch.arange(count, device=self.prefix.device)[None] % self.target.text_config.vocab_size
-                zeros = torch.zeros_like(tokens)
-                tree = CandidateTree(tokens, zeros, (torch.arange(count, device=tokens.device)[None] > 0).long())
-                clock.begin_round()
-                self.target.verify(tree, self.arena, self.prefix, position=length)  # not kept: the next overwrites it
-                clock.end_round()
-        return {count: r.parts["verify"] for count, r in zip(self.rows, clock.rounds(), strict=True)}
-
-
-class Profile:
-    """
-    A pair's measurements: construct, [`warm_up`], [`measure`] as often as wanted, [`results`].
-
-    Args:
-        inputs: prompts, each `input_ids` and `attention_mask` (`[1, prompt]`).
-
-    Raises:
-        ValueError: the settings measure nothing, or the target cannot verify trees.
-    """
-
-    def __init__(
-        self, target: PreTrainedModel, draft: FSPADDraftModel, inputs: Sequence[dict], settings: ProfileSettings
-    ):
-        settings.check(draft.speculation_settings(target.device))
-        if (why := probe(target).reason) is not None:
-            raise ValueError(f"{type(target).__name__} generates without speculation, because {why}: nothing to time.")
-        self.target, self.draft, self.inputs, self.settings = target, draft, list(inputs), settings
-        drafts = [
-            variant(draft, captured)
-            for captured in ((False, True) if capturing.can_capture(target.device) else (False,))
-        ]
-        self.drafts = {fspad_method(one, None).name: one for one in drafts}
-        fspad = [fspad_method(one, settings.tau) for one in drafts]
-        self.methods = [*make_methods(list(settings.methods), {}, None), *fspad]
-        runs = [(mode, name) for mode in settings.modes for name in self.drafts]
-        self.clocks = {run: RoundClock(target.device) for run in runs}
-        self.answers: dict[tuple[str, str], list[list[Answer]]] = {}
-        self.errors: dict[str, str] = {}
-        self.profiled: dict[tuple[str, str], list[Answer]] = {run: [] for run in runs}
-        longest = max((one["input_ids"] for one in self.inputs), key=lambda ids: ids.shape[1])
-        self.verify = VerifyCost(target, longest, settings.rows)
-        self.bandwidth = copy_bandwidth(target.device)
-
-    def warm_up(self) -> None:
-        """A few tokens by every method; one of the peers that fails is left out, with its reason."""
-        length = max(one["input_ids"].shape[1] for one in self.inputs) + self.settings.max_new_tokens
-        tokens = min(WARM_UP_TOKENS, self.settings.max_new_tokens)
-        for method in self.methods:
-            try:
-                method.prepare(self.target, length)
-                for mode in self.settings.modes:
-                    method.answer(self.target, self.inputs[0], mode, tokens, self.settings.seed)
-            except Exception as error:
-                self._failed(method, error)
-
-    def measure(self, number: int = 0) -> None:
-        """One pass over methods, modes and prompts, rounds and verification forwards; `number` says who goes first."""
-        for mode in self.settings.modes:
-            for i in range(len(self.methods)):
-                self._time(self.methods[(i + number) % len(self.methods)], mode)
-            for name, draft in self.drafts.items():
-                clock = self.clocks[mode, name]
-                with instrumented(clock):
-                    self.profiled[mode, name] += self._answers(fspad_method(draft, self.settings.tau, clock), mode)
-        self.verify.measure()
-
-    def results(self) -> dict:
-        """
-        `rounds` (of each mode: seconds and their parts, tau), `graph_rounds` (the same of captured ones; empty where
-        none can be), `verify` (seconds by rows), `roofline` (bytes, bandwidth and the bounds they set) and `speed` (a
-        row a method of each mode). Seconds and bytes throughout.
-        """
-        rounds, graph_rounds = (
-            {mode: self._rounds(mode, name) for mode in self.settings.modes if name in self.drafts}
-            for name in (FSPAD, GRAPH)
-        )
-        costs = [{"rows": n, "seconds": statistics.median(s)} for n, s in self.verify.seconds.items()]
-        speed = {mode: self._speed(mode) for mode in self.settings.modes}
-        return {
-            "rounds": rounds,
-            "graph_rounds": graph_rounds,
-            "verify": costs,
-            "roofline": self._roofline(rounds),
-            "speed": speed,
-        }
-
-    def _answers(self, method: Method, mode: str) -> list[Answer]:
-        run = (self.settings.max_new_tokens, self.settings.seed)
-        return [method.answer(self.target, one, mode, *run) for one in self.inputs]
-
-    def _time(self, method: Method, mode: str) -> None:
-        if method.name not in self.errors:
-            try:
-                self.answers.setdefault((mode, method.name), []).append(self._answers(method, mode))
-            except Exception as error:
-                self._failed(method, error)
-
-    def _failed(self, method: Method, error: Exception) -> None:
-        if method.name in self.drafts:
-            raise error
-        self.errors[method.name] = reason(error)
-        if self.target.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _rounds(self, mode: str, name: str) -> dict:
-        timed = self.clocks[mode, name].rounds()
-        used = middle_half(full_rounds(timed))
-        parts = {part: statistics.fmean(r.parts[part] for r in used) for part in PARTS}
-        lengths = [length for answer in self.profiled[mode, name] for length in answer.accepted_lengths]
-        result = {"seconds": sum(parts.values()), "parts": parts, "timed": len(timed), "used": len(used)}
-        result |= {"tau": sum(lengths) / len(lengths), "gpu_busy_seconds": None}
-        if self.target.device.type == "cuda":
-            result["gpu_busy_seconds"] = device_busy(self.target.device, lambda clock: self._once(mode, name, clock))
-        return result
-
-    def _once(self, mode: str, name: str, clock: RoundClock) -> None:
-        method = fspad_method(self.drafts[name], self.settings.tau, clock)
-        method.answer(self.target, self.inputs[0], mode, self.settings.max_new_tokens, self.settings.seed)
-
-    def _roofline(self, rounds: dict) -> dict:
-        traffic = weight_traffic(self.target, self.draft)
-        token, a_round = traffic.target / self.bandwidth, traffic.round / self.bandwidth
-        return {
-            "bandwidth": self.bandwidth, "target_bytes": traffic.target, "draft_bytes": traffic.draft,
-            "head_bytes": traffic.head, "draft_forwards": traffic.depth, "round_bytes": traffic.round,
-            "plain_token_seconds": token, "plain_tokens_per_second": 1 / token, "round_seconds": a_round,
-            "fspad_tokens_per_second": {mode: found["tau"] / a_round for mode, found in rounds.items()},
-        }  # fmt: skip
-
-    def _speed(self, mode: str) -> list[dict]:
-        rows, plain = [], None
-        for method in self.methods:
-            repeats = self.answers.get((mode, method.name), [])
-            row = {"method": method.name, "tokens_per_second": None, "token_seconds": None, "ratio": None, "tau": None}
-            row["error"] = self.errors.get(method.name)
-            if repeats and row["error"] is None:
-                row |= _figures(repeats, [one["input_ids"].shape[1] for one in self.inputs])
-                plain = plain or row["tokens_per_second"]
-                row["ratio"] = row["tokens_per_second"] / plain if self.methods[0].name not in self.errors else None
-            rows.append(row)
-        return rows
-
-
-def _figures(repeats: list[list[Answer]], prompts: list[int]) -> dict:
-    """Medians over the repeats: tokens a second of whole calls, and seconds a token after the first."""
-    speeds, steps = [], []
-    for answers in repeats:
-        tokens = sum(a.sequences.shape[1] - prompt for a, prompt in zip(answers, prompts, strict=True))
-        speeds.append(tokens / sum(a.seconds for a in answers))
-        steps.append(sum(a.seconds - a.prefill_seconds for a in answers) / max(tokens - len(answers), 1))
-    lengths = [length for answer in repeats[-1] for length in answer.accepted_lengths]
-    tau = sum(lengths) / len(lengths) if lengths else None
-    return {"tokens_per_second": statistics.median(speeds), "token_seconds": statistics.median(steps), "tau": tau}
-
-
-def full_rounds(rounds: Sequence[Round]) -> list[Round]:
-    """
-    Those of a full tree, but for the first of each call, in which the draft reads the prompt.
-
-    Raises:
-        ValueError: there is none.
-    """
-    deepest = max((r.levels for r in rounds), default=0)
-    full = [r for r in rounds if not r.first and r.levels == deepest]
-    if not full:
-        raise ValueError(
-            f"None of the {len(rounds)} rounds timed was a later one of a full tree, because the answers ended early: "
-            "pass prompts with longer answers (--prompt)."
-        )
-    return full
-
-
-def middle_half(rounds: Sequence[Round]) -> list[Round]:
-    """Without the fastest and the slowest quarter: what else the machine did shall not weigh on the means."""
-    ordered = sorted(rounds, key=lambda r: r.seconds)
-    cut = len(ordered) // 4
-    return ordered[cut : len(ordered) - cut]
-
-
 def profile(
-    target: PreTrainedModel,
-    draft: FSPADDraftModel,
-    inputs: Sequence[dict],
-    settings: ProfileSettings | None = None,
+    target: PreTrainedModel, draft: FSPADDraftModel, inputs: Sequence[dict], settings: ProfileSettings | None = None,
     report: Callable[[str], None] = lambda what: None,
-) -> dict:
+) -> dict:  # fmt: skip
     """
-    Measures a pair; see [`Profile.results`] for what it returns.
+    Measures a pair.
 
     Args:
         inputs: prompts, each `input_ids` and `attention_mask` (`[1, prompt]`).
         report: called with what is about to be done.
+
+    Returns:
+        `rounds` (of each mode: seconds and their parts, tau), `graph_rounds` (the same of captured ones; empty where
+        none can be), `verify` (seconds by rows), `roofline` (bytes, bandwidth and the bounds they set) and `speed` (a
+        row a method of each mode). Seconds and bytes throughout.
+
+    Raises:
+        ValueError: the settings measure nothing, or the target cannot verify trees.
     """
-    measured = Profile(target, draft, inputs, settings or ProfileSettings())
+    settings = settings or ProfileSettings()
+    settings.check(draft.speculation_settings(target.device))
+    if (why := probe(target).reason) is not None:
+        raise ValueError(f"{type(target).__name__} generates without speculation, because {why}: nothing to time.")
+    kinds = (False, True) if graphs.can_capture(target.device) else (False,)
+    ours = [Watched(with_graphs(draft, captured), settings.tau) for captured in kinds]
+    methods, errors = [*make_methods(list(settings.methods), {}, None), *ours], {}
+    longest = max((one["input_ids"] for one in inputs), key=lambda ids: ids.shape[1])
+    run = settings.max_new_tokens, settings.seed
+
+    def tried(method: Method, work: Callable):
+        try:
+            return work() if method.name not in errors else None
+        except Exception as error:
+            if method in ours:
+                raise
+            errors[method.name] = reason(error)
+
     report("Warming up")
-    measured.warm_up()
-    for number in range(measured.settings.repeats):
-        report(f"Pass {number + 1} of {measured.settings.repeats}")
-        measured.measure(number)
-    return measured.results()
+    verify = VerificationCost(target, longest, settings.rows)
+    for method in methods:
+        tried(method, lambda method=method: _warm_up(method, target, inputs, settings))
+    answers, rounds, taus = {}, {}, {}
+    for number in range(settings.repeats):
+        report(f"Pass {number + 1} of {settings.repeats}")
+        for mode in settings.modes:
+            for method in methods[number % len(methods) :] + methods[: number % len(methods)]:
+                made = tried(method, lambda m=method, mode=mode: [m.answer(target, i, mode, *run) for i in inputs])
+                answers.setdefault((mode, method.name), []).append(made)
+            for method in ours:
+                for one in inputs:
+                    answer, found = method.traced(target, one, mode, *run)
+                    rounds.setdefault((mode, method.name), []).extend(found)
+                    taus.setdefault((mode, method.name), []).extend(answer.accepted_lengths)
+        verify.measure()
+    found = [
+        {mode: _rounds(rounds[mode, name], taus[mode, name]) for mode in settings.modes if (mode, name) in rounds}
+        for name in (FSPAD, GRAPH)
+    ]
+    speed = {
+        mode: _speed(mode, methods, answers, errors, [one["input_ids"].shape[1] for one in inputs])
+        for mode in settings.modes
+    }
+    return {
+        "rounds": found[0], "graph_rounds": found[1], "verify": verify.results(),
+        "roofline": _roofline(target, draft, found[0]), "speed": speed,
+    }  # fmt: skip
+
+
+def _warm_up(method: Method, target: PreTrainedModel, inputs: Sequence[dict], settings: ProfileSettings) -> None:
+    method.prepare(target, max(one["input_ids"].shape[1] for one in inputs) + settings.max_new_tokens)
+    for mode in settings.modes:
+        method.answer(target, inputs[0], mode, min(WARM_UP_TOKENS, settings.max_new_tokens), settings.seed)
+
+
+class VerificationCost:
+    """Times verification forwards over trees of given sizes behind one prompt, by the function that decoding runs."""
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, input_ids: torch.LongTensor, rows: Sequence[int]):
+        self.target, self.seconds = probe(model).view(model), {count: [] for count in rows}
+        cache = DynamicCache(config=self.target.text_config)
+        model.get_decoder()(input_ids=input_ids, use_cache=True, **{CACHE: cache})
+        self.arena, self.length = ArenaCache.from_dynamic(cache), input_ids.shape[1]
+        self.measure()  # warms up, and the arena grows to its size
+        self.seconds = {count: [] for count in rows}
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """One forward of each size; none is kept, the next overwrites it."""
+        device = self.target.device
+        root, vocabulary = torch.full((1, 1), self.length, device=device), self.target.text_config.vocab_size
+        with self.target.listening():
+            for count, seconds in self.seconds.items():
+                numbers = torch.arange(count, device=device)[None]
+                tree = CandidateTree(numbers % vocabulary, torch.zeros_like(numbers), (numbers > 0).long())
+                shown = torch.ones(1, self.length + count, dtype=torch.bool, device=device)
+                watch = Stopwatch(device)
+                self.arena.place(root, self.length + count)
+                self.target.verify(tree, self.arena, shown, root)
+                seconds.append(watch.read())
+
+    def results(self) -> list[dict]:
+        return [{"rows": count, "seconds": statistics.median(found)} for count, found in self.seconds.items()]
+
+
+def _rounds(rounds: Sequence[Round], lengths: Sequence[int]) -> dict:
+    deepest = max((one.levels for one in rounds), default=0)
+    used = middle_half(one for one in rounds if one.levels == deepest)
+    if not used:
+        raise ValueError(
+            "No round of a full tree was timed, because the answers ended early: pass prompts with longer answers "
+            "(--prompt)."
+        )
+    parts = {part: statistics.fmean(one.parts[part] for one in used) for part in PARTS}
+    busy = None if used[0].busy is None else statistics.fmean(one.busy for one in used)
+    return {
+        "seconds": sum(parts.values()), "parts": parts, "timed": len(rounds), "used": len(used),
+        "tau": sum(lengths) / len(lengths), "gpu_busy_seconds": busy,
+    }  # fmt: skip
+
+
+def _roofline(target: PreTrainedModel, draft: FSPADDraftModel, rounds: dict) -> dict:
+    """No round, and no plain token, takes less than reading the weights once."""
+    size, depth = weight_bytes(target, draft), draft.speculation_settings(target.device).tree_depth
+    bandwidth, read = copy_bandwidth(target.device), size["target"] + depth * (size["draft"] + size["head"])
+    token, a_round = size["target"] / bandwidth, read / bandwidth
+    return {
+        "bandwidth": bandwidth, "target_bytes": size["target"], "draft_bytes": size["draft"],
+        "head_bytes": size["head"], "draft_forwards": depth, "round_bytes": read, "plain_token_seconds": token,
+        "plain_tokens_per_second": 1 / token, "round_seconds": a_round,
+        "fspad_tokens_per_second": {mode: found["tau"] / a_round for mode, found in rounds.items()},
+    }  # fmt: skip
+
+
+def copy_bandwidth(device: torch.device, size: int = 1 << 28, repeats: int = 7) -> float:
+    """Bytes a second, read and written, of the fastest of `repeats` copies of `size` bytes within the memory."""
+    source = torch.ones(size // 4, dtype=torch.float32, device=device)  # written to: an untouched page is free
+    copied, seconds = torch.empty_like(source).copy_(source), []
+    for _ in range(repeats):
+        watch = Stopwatch(device)
+        copied.copy_(source)
+        seconds.append(watch.read())
+    return 2 * source.nbytes / min(seconds)
+
+
+def _speed(mode: str, methods: Sequence[Method], answers: dict, errors: dict, prompts: Sequence[int]) -> list[dict]:
+    """Medians over the repeats: tokens a second of whole calls, and seconds a token after the first."""
+    rows, plain = [], None
+    for method in methods:
+        row = {"method": method.name, "tokens_per_second": None, "token_seconds": None, "ratio": None, "tau": None}
+        row["error"] = errors.get(method.name)
+        if row["error"] is None:
+            speeds, steps = [], []
+            for repeat in answers[mode, method.name]:
+                tokens = sum(a.sequences.shape[1] - prompt for a, prompt in zip(repeat, prompts, strict=True))
+                speeds.append(tokens / sum(a.seconds for a in repeat))
+                steps.append(sum(a.seconds - a.prefill_seconds for a in repeat) / max(tokens - len(repeat), 1))
+            lengths = [length for a in answers[mode, method.name][-1] for length in a.accepted_lengths]
+            row |= {"tokens_per_second": statistics.median(speeds), "token_seconds": statistics.median(steps)}
+            plain = plain or row["tokens_per_second"]
+            row["tau"] = sum(lengths) / len(lengths) if lengths else None
+            row["ratio"] = row["tokens_per_second"] / plain if methods[0].name not in errors else None
+        rows.append(row)
+    return rows
+
+
+def run_profile(
+    target: str | None = None, draft: str | None = None, device: str | None = None, dtype: str | None = None,
+    shape: str | None = None, tau: float | None = None, rounds: int | None = None,
+    draft_vocab_size: int | None = None, prompts: Sequence[str] | None = None, context: int | None = None,
+    max_new_tokens: int | None = None, repeats: int = 3, modes: Sequence[str] = ("greedy", "sampled"),
+    methods: Sequence[str] | None = None, rows: Sequence[int] = ProfileSettings.rows, seed: int = 0,
+    json_file: str | None = None, **trees: int | str | None,
+) -> dict:  # fmt: skip
+    """
+    `fspad-hf profile`: prints where a round's time goes, and writes it to `json_file`.
+
+    Args:
+        target, draft, device, dtype, trees (`tree_depth` ... `tree`): see [`load_models`].
+        shape: time random weights of this shape instead, see [`random_pair`]; with it `tau` (tokens a round by
+            decree), `rounds` (of an answer, 20) and `draft_vocab_size`.
+        prompts, max_new_tokens: of a real pair; by default 64 new tokens.
+        context: tokens of the prompts, about; a shape's has exactly so many, by default 512.
+        methods: beside plain and FSPAD: `compile`, `prompt-lookup` (which has nothing to look up in random text).
+        repeats, modes, rows, seed: see [`ProfileSettings`].
+
+    Returns:
+        What the JSON file holds: see [`profile`], and target, draft, tree, dtype, context, settings, machine.
+
+    Raises:
+        ValueError, OSError: an argument is wrong, or a model cannot be had.
+    """
+    json_file = writable_file(json_file, "json_file") if json_file is not None else None
+    told = {"repeats": repeats, "modes": tuple(modes), "rows": tuple(rows), "seed": seed}
+    place, precision = resolve_device(device), resolve_dtype(dtype, device)
+    trees = {"tree": "fixed"} | tree_settings(**trees)
+    with quiet_transformers():
+        if shape is not None:
+            _refuse("--shape", target=target, draft=draft, prompt=prompts, max_new_tokens=max_new_tokens)
+            settings = ProfileSettings(
+                **told, tau=tau, methods=tuple(["compile"] if methods is None else methods),
+                max_new_tokens=Decree.tokens(tau, 20 if rounds is None else rounds),
+            )  # fmt: skip
+            context = 512 if context is None else context
+            overrides = {k: v for k, v in {**trees, "draft_vocab_size": draft_vocab_size}.items() if v is not None}
+            if "prompt-lookup" in settings.methods:
+                raise ValueError("methods=['prompt-lookup'] finds nothing in what random weights write: leave it out.")
+            if context < 1:
+                raise ValueError(f"context={context}: expected 1 or more tokens.")
+
+            def check(speculation: SpeculationConfig, positions: int | None) -> None:
+                settings.check(speculation, positions, context)
+
+            with status(f"Making random weights of {shape}"):
+                pair = random_pair(shape, place, precision, overrides, check)
+            ids = torch.arange(1, context + 1, device=place)[None] * 7919 % pair[1].config.vocab_size
+            inputs = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+            names = f"{shape} (random weights)", "random weights"
+        else:
+            _refuse("a real pair", tau=tau, rounds=rounds, draft_vocab_size=draft_vocab_size)
+            settings = ProfileSettings(
+                **told, methods=tuple(PEERS if methods is None else methods),
+                max_new_tokens=64 if max_new_tokens is None else max_new_tokens,
+            )  # fmt: skip
+            texts = prompts or PROMPTS
+            if not all(text.strip() for text in texts) or (context is not None and context < 1):
+                raise ValueError(f"prompts={list(texts)!r}, context={context}: expected texts that say something.")
+            saved = SpeculationConfig.from_pretrained(draft or str(released_draft()))
+            settings.check(saved.update(**trees).resolved(place))
+            models = load_models(target, draft, device, dtype, **trees)
+            pair, names = (models.target, models.draft), (models.target_name, models.draft_name)
+            inputs = [encode_chat(models.tokenizer, [{"role": "user", "content": text}], place) for text in texts]
+            inputs = inputs if context is None else [lengthen(one, context) for one in inputs]
+            positions = getattr(pair[0].config.get_text_config(), "max_position_embeddings", None)
+            longest = max(one["input_ids"].shape[1] for one in inputs)
+            settings.check(pair[1].speculation_settings(place), positions, longest)
+        with contextlib.ExitStack() as stack:
+
+            def report(what: str) -> None:
+                stack.close()
+                stack.enter_context(status(what))
+
+            found = profile(*pair, inputs, settings, report)
+    speculation = pair[1].speculation_settings(place)
+    result = {
+        "target": names[0], "draft": names[1], "tree": {name: getattr(speculation, name) for name in RANGES},
+        "draft_vocab_size": pair[1].config.draft_vocab_size, "dtype": str(pair[0].dtype).removeprefix("torch."),
+        "context": [one["input_ids"].shape[1] for one in inputs], "settings": dataclasses.asdict(settings),
+        "machine": describe_machine(place), **found,
+    }  # fmt: skip
+    if json_file is not None:
+        write_json(json_file, result)
+    show(result)
+    return result
+
+
+def _refuse(which: str, **given) -> None:
+    wrong = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} cannot go with {which}: leave out one or the other.")
+
+
+def show(result: dict) -> None:
+    """Prints a result as tables."""
+    from rich.console import Console
+
+    console, tree = Console(), [number for number in result["tree"].values() if number]
+    console.print(
+        f"{result['target']}, draft {result['draft']}, {result['dtype']}, trees {tree}, prompts of "
+        f"{result['context']} tokens, {result['machine']['device']}",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+    for title, table in profile_tables(result):
+        console.print(f"\n{title}", table, sep="\n", highlight=False)
+
+
+def profile_tables(result: dict) -> list[tuple[str, Table]]:
+    """The tables of [`profile`]'s result under their titles, in reading order."""
+    roof, tables = result["roofline"], []
+    for title, rounds in (("A round", result["rounds"]), ("A round as CUDA graphs", result["graph_rounds"])):
+        if rounds:
+            tables.append((title, _round_table(rounds)))
+    rows = figure_table("rows", "ms", "x the first")
+    for cost in result["verify"]:
+        ratio = cost["seconds"] / result["verify"][0]["seconds"]
+        rows.add_row(str(cost["rows"]), f"{cost['seconds'] * 1e3:.2f}", f"{ratio:.2f}")
+    tables.append(("A verification forward by its rows", rows))
+    weights = figure_table("", "MB", "at least, ms", "measured", "x", "at most, tok/s")
+    for mode, found in result["rounds"].items():
+        plain = result["speed"][mode][0]["token_seconds"]
+        lines = [("plain token", roof["target_bytes"], roof["plain_token_seconds"], plain, 1.0)]
+        for name, one in (("round", found), ("graph round", result["graph_rounds"].get(mode))):
+            if one is not None:
+                lines.append((name, roof["round_bytes"], roof["round_seconds"], one["seconds"], one["tau"]))
+        for name, size, bound, measured, tokens in lines:
+            shown = ("-", "-") if measured is None else (f"{measured * 1e3:.2f}", f"{measured / bound:.1f}")
+            label = f"{name}, {MODE_TITLES[mode]}"
+            weights.add_row(label, f"{size / 1e6:.0f}", f"{bound * 1e3:.2f}", *shown, f"{tokens / bound:.1f}")
+    bandwidth = roof["bandwidth"] / 1e9
+    tables.append((f"Reading the weights alone, at {bandwidth:.0f} GB/s (copy, read + written)", weights))
+    speed = figure_table("", "method", "tok/s", "x plain", "tau", words=2)
+    for mode, methods in result["speed"].items():
+        for number, row in enumerate(methods):
+            values = (("tokens_per_second", ".1f"), ("ratio", ".2f"), ("tau", ".2f"))
+            cells = ["-" if row[name] is None else f"{row[name]:{form}}" for name, form in values]
+            cells[0] = cells[0] if row["error"] is None else Text(row["error"], "yellow")
+            speed.add_row(MODE_TITLES[mode] if number == 0 else "", row["method"], *cells)
+        speed.add_section()
+    return [*tables, ("Whole answers", speed)]
+
+
+def _round_table(rounds: dict) -> Table:
+    table = figure_table("part", *(cell for mode in rounds for cell in (f"{MODE_TITLES[mode]}, ms", "share")))
+    lines = {PARTS[part]: lambda found, part=part: found["parts"][part] for part in PARTS}
+    lines = {title: line for title, line in lines.items() if any(line(found) for found in rounds.values())}
+    totals = {"all": lambda found: found["seconds"]}
+    if all(found["gpu_busy_seconds"] is not None for found in rounds.values()):
+        totals["GPU busy"] = lambda found: found["gpu_busy_seconds"]
+        totals["GPU idle"] = lambda found: max(found["seconds"] - found["gpu_busy_seconds"], 0.0)
+    for group in (lines, totals):
+        for title, line in group.items():
+            shares = ((line(found), line(found) / found["seconds"]) for found in rounds.values())
+            table.add_row(title, *(cell for ms, share in shares for cell in (f"{ms * 1e3:.2f}", f"{share:.1%}")))
+        table.add_section()
+    table.add_row("tau", *(cell for found in rounds.values() for cell in (f"{found['tau']:.2f}", "")))
+    table.add_row("rounds used / timed", *(c for f in rounds.values() for c in (f"{f['used']}/{f['timed']}", "")))
+    return table

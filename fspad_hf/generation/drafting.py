@@ -16,6 +16,7 @@ from transformers.generation import (
 )
 
 from ..modeling_fspad import FSPADDraftModel, FSPADDraftOutput
+from ..runtime import labelled
 from ..speculation_config import SpeculationConfig
 from .cache import ArenaCache
 from .remembered import Remembered
@@ -66,6 +67,7 @@ class Drafter:
         self.cache.advance(counts or [tokens.shape[1]] * len(tokens))
         return out
 
+    @labelled("read")
     @torch.no_grad()
     def read(self, features: torch.Tensor, tokens: torch.LongTensor, lengths: torch.LongTensor) -> FSPADDraftOutput:
         """
@@ -145,10 +147,8 @@ class Drafter:
             text = (columns <= at[..., None]).repeat_interleave(k, dim=1)  # [texts, trees * k, columns]
             among = seen.view(texts, trees, k, level, 1, k) & own[:, None, None, :, None]
             mask = text.scatter_(2, of_nodes[:, None].expand(-1, rows, -1), among.reshape(texts, rows, -1))
-            out = self._step(
-                tokens.view(texts, -1), features.reshape(texts, rows, -1),
-                (at + level).repeat_interleave(k, dim=1), additive_mask(mask, self.draft.dtype),
-            )  # fmt: skip
+            places, mask = (at + level).repeat_interleave(k, dim=1), additive_mask(mask, self.draft.dtype)
+            out = self._step(tokens.view(texts, -1), features.reshape(texts, rows, -1), places, mask)
             confidences, children = self._children(out.logit_features.view(texts * trees, k, -1), k, noise, level)
             below = (scores[..., None] + confidences).flatten(1)
             levels.append((children.flatten(1), nodes.repeat_interleave(k, dim=1), below))
@@ -163,6 +163,7 @@ class Drafter:
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))
         return GrownTrees(tokens, parents, depths, scores, total)
 
+    @labelled("network")
     def _step(self, tokens, features, positions, mask):
         device, dtype = self.draft.device, self.draft.dtype
         return self._network(
@@ -173,6 +174,7 @@ class Drafter:
             cache=self.cache,
         )
 
+    @labelled("head")
     def _children(self, logit_features: torch.Tensor, k: int, noise: torch.Tensor | None, depth: int):
         """
         The top k children of each node of a level (`[trees, nodes, hidden]`): log-confidences and tokens, both

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
-from torch.profiler import record_function
 from transformers.cache_utils import DynamicCache
 
 from ..modeling_fspad import FSPADDraftOutput
+from ..runtime import labelled
 from .cache import GROWTH, ArenaCache
 from .continuation import DraftState
 from .costs import RoundCosts, Stopwatch
@@ -119,6 +119,7 @@ class Rounds:
                 depth, lookup = depth_limit(depth, *here), depth_limit(lookup, *here)
         return shape._replace(depth=depth, lookup=lookup)
 
+    @labelled("round")
     def run(
         self, shape: TreeShape, chains: Sequence[Sequence[int]] = (), costs: RoundCosts | None = None
     ) -> tuple[CandidateTree, list[list[int]]]:
@@ -136,25 +137,21 @@ class Rounds:
         told = self.tell(shape, chains)
         tree = CandidateTree.root(told.numbers[:, :1])
         if told.levels:
-            with record_function("fspad: draft"):
-                tree = self.draft(told)
+            tree = self.draft(told)
         if costs is not None:
             seconds = watch.read()
             if shape.depth and 0 < max(told.counts) <= FEW:
                 costs.add_draft(shape.depth, seconds)
-        with record_function("fspad: verify"):
-            logits, features, walked = self.verify(told, tree)
+        logits, features, walked = self.verify(told, tree)
         if costs is not None:
             costs.add_forward(len(tree), watch.read())
         if self.on_round is not None:
             self.on_round(tree.clone().trimmed())
         paths: list[list[int]] = [[] for _ in self.emitters]
         try:
-            with record_function("fspad: emit"):
-                self.emit(told, tree, logits, walked, paths)
+            self.emit(told, tree, logits, walked, paths)
         finally:
-            with record_function("fspad: keep"):
-                self.keep(paths, features)
+            self.keep(paths, features)
         self.drop_ended()
         return tree, paths
 
@@ -230,6 +227,7 @@ class Rounds:
         features, tokens = (torch.cat(parts) for parts in zip(*padded, strict=True))
         return features, tokens, counts
 
+    @labelled("draft")
     def draft(self, told: "Told") -> CandidateTree:
         """The draft reads what it has not read and grows its trees; the tokens looked up are grafted on."""
 
@@ -251,6 +249,7 @@ class Rounds:
             self.unread = [[] for _ in self.unread]
         return tree if told.captured else tree.trimmed()
 
+    @labelled("verify")
     def verify(self, told: "Told", tree: CandidateTree) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor | None]:
         """Logits and features at every node, and, where nothing of the user's has a say in it, the walk."""
 
@@ -274,6 +273,7 @@ class Rounds:
         replayed = self.graphs.run(step, key, inputs, checked) if told.captured else None
         return step(*inputs) if replayed is None else replayed
 
+    @labelled("emit")
     def emit(
         self, told: "Told", tree: CandidateTree, logits: torch.Tensor, walked: torch.LongTensor | None,
         paths: list[list[int]],
@@ -292,6 +292,7 @@ class Rounds:
         if any(node is not None for node in nodes):
             walk_and_emit(tree, logits, self.emitters, paths, told.levels, nodes)
 
+    @labelled("keep")
     def keep(self, paths: list[list[int]], features: torch.Tensor) -> None:
         """Of the rows that the last forward has added keeps those of the paths."""
         self.arena.keep(paths)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from ..host import CACHE
+from ..runtime import label
 from .cache import ArenaCache
 from .few_rows import few_rows_product, has_choice
 from .grouped import folded_config
@@ -111,7 +112,7 @@ class Target:
         }
         if not self.use_hook:
             inputs["output_hidden_states"] = True
-        with self._armed() as caught:
+        with self._armed() as caught, label("forward"):
             outputs = self.verifier(**inputs)
         return outputs.logits, self._features(outputs, caught)
 

@@ -12,6 +12,7 @@ import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
+from ..runtime import labelled
 from .tree import CandidateTree
 
 # What transformers has that looks at each sequence by itself, and remembers nothing.
@@ -60,6 +61,7 @@ class NoiseQueue:
         self._blocks: deque[tuple[torch.Tensor, torch.Tensor]] = deque()  # (block, generator state after it)
         self._here = self.generator.get_state() if self.coupled else None
 
+    @labelled("noise")
     def peek(self, count: int, sequences: Sequence[int] = (0,)) -> torch.Tensor | None:
         """The noise of the next `count` draws of these, `[count, sequences, V]`; `None` once the queue is off."""
         if not self._in_step():

@@ -1,3 +1,5 @@
+import os
+
 from . import add_model_arguments, add_tree_arguments
 
 ABOUT = "where a round's time goes, beside what reading the weights takes; also for random weights of any shape"
@@ -28,12 +30,12 @@ def add_arguments(parser) -> None:
     )  # fmt: skip
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampled answers (default: 0)")
     run.add_argument("--json", dest="json_file", metavar="FILE", help="write all figures here")
-    run.add_argument("--plot", metavar="FILE.svg", help="draw the round's parts here")
     add_tree_arguments(parser)
 
 
 def run(**options) -> int:
-    from fspad_hf.evaluation.profile_run import run_profile
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's tracing says on stderr when it begins and ends
+    from fspad_hf.evaluation.profile import run_profile
 
     run_profile(**options)
     return 0

@@ -1,11 +1,9 @@
-import functools
 import gc
 import io
 import json
 import time
 import weakref
 from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -13,30 +11,24 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from transformers import CompileConfig
 
-from fspad_hf.evaluation import peers, profile_run
+from fspad_hf.evaluation import peers
 from fspad_hf.evaluation import profile as module
-from fspad_hf.evaluation.forcing import forced, plan, total_tokens
-from fspad_hf.evaluation.instrument import GRAPHS, PARTS, TIMED, Round, RoundClock, covered, device_busy, instrumented
 from fspad_hf.evaluation.peers import MODES, Method
-from fspad_hf.evaluation.profile import ProfileSettings, full_rounds, middle_half, profile
-from fspad_hf.evaluation.profile_report import profile_tables, save_plot
-from fspad_hf.evaluation.roofline import copy_bandwidth, weight_traffic
-from fspad_hf.evaluation.shapes import random_draft, random_target
+from fspad_hf.evaluation.profile import ProfileSettings, Watched, copy_bandwidth, profile, profile_tables
+from fspad_hf.evaluation.shapes import Decree, plan, random_pair, weight_bytes
+from fspad_hf.evaluation.trace import PARTS, Round, Tracer, covered, middle_half, read_rounds
 from fspad_hf.generation.cache import ArenaCache
 from fspad_hf.generation.drafting import Drafter
-from fspad_hf.generation.graphs import GraphRounds
-from fspad_hf.generation.rounds import Rounds
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import CandidateTree
+from fspad_hf.generation.verification import NoiseQueue
 from fspad_hf_cli import main
 
 from .. import tiny
 from ..conftest import fresh_draft, rng_state
 
 CPU = torch.device("cpu")
-TREE = {"tree_depth": 3, "tree_top_k": 4, "tree_total_nodes": 12}
-WRAPPED = [(owner, name) for owner, name, *_ in TIMED]
-WRAPPED += [(Target, "_armed"), (ArenaCache, "append_to"), (Rounds, "run"), (GraphRounds, "_replayed")]
+TREE = {"tree_depth": 3, "tree_top_k": 4, "tree_total_nodes": 12, "tree": "fixed"}
 
 
 @pytest.fixture(scope="module")
@@ -66,87 +58,77 @@ def answer(target, method, prompt, mode, tokens=40):
     return method.answer(target, inputs_of(prompt), mode, tokens, seed=5)
 
 
-def functions():
-    return [vars(owner)[name] for owner, name in WRAPPED]
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_tokens_and_generator_are_untouched_and_parts_add_up(llama, draft, prompt, mode, oracle):
+def test_tokens_and_generator_are_untouched_and_parts_add_up(llama, draft, prompt, mode):
     plain = answer(llama, Method("plain"), prompt, mode)
     state = rng_state(CPU)
-    fast, clock = Method("FSPAD", {"assistant_model": draft}), RoundClock(CPU)
-    with instrumented(clock):
-        timed = answer(llama, fast, prompt, mode)
+    timed, rounds = Watched(draft, None).traced(llama, inputs_of(prompt), mode, 40, 5)
     assert torch.equal(timed.sequences, plain.sequences) and torch.equal(rng_state(CPU), state)
-    assert timed.accepted_lengths == answer(llama, fast, prompt, mode).accepted_lengths
-    rounds = clock.rounds()
-    assert len(rounds) == len(timed.accepted_lengths) and [r.first for r in rounds] == [True] + [False] * (
-        len(rounds) - 1
-    )
-    decoding = timed.seconds - timed.prefill_seconds
-    assert 0.8 * decoding < sum(r.seconds for r in rounds) <= decoding
-    for r in rounds[:-3]:
-        assert r.levels == 3
-        used = {part for part, seconds in r.parts.items() if seconds > 0}
-        assert used == PARTS.keys() - {*GRAPHS.values()} - ({"noise"} if mode == "greedy" else set())
+    assert timed.accepted_lengths == answer(llama, Watched(draft, None), prompt, mode).accepted_lengths
+    assert len(rounds) == 12 and {one.levels for one in rounds} == {3}
+    for one in rounds:
+        assert {part for part, seconds in one.parts.items() if seconds > 0} == PARTS.keys() - (
+            {"noise"} if mode == "greedy" else set()
+        )
+        assert one.busy is None and 0 < one.seconds < 1
 
 
-def test_a_slow_part_is_found(llama, draft, prompt, monkeypatch):
+SLOW = (
+    (Drafter, "_step", "network"), (NoiseQueue, "peek", "noise"),
+    (Target, "_mask", "verify"), (ArenaCache, "keep", "keep"), (NoiseQueue, "draw", "emit"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("owner", "name", "part"), SLOW)
+def test_a_slow_part_is_found(llama, draft, prompt, owner, name, part, monkeypatch):
     """Each part gets the time that passes in it, and no other part does."""
-    for owner, name, part, _ in TIMED[:9]:  # the tenth is of captured rounds
-        original = vars(owner)[name]
+    original = vars(owner)[name]
 
-        def slow(*args, _original=original, **kwargs):
+    def slow(*args, **kwargs):
+        with torch.profiler.record_function(f"fspad: {part}"):
             time.sleep(0.01)
-            return _original(*args, **kwargs)
+        return original(*args, **kwargs)
 
-        clock = RoundClock(CPU)
-        with monkeypatch.context() as patched:
-            patched.setattr(owner, name, slow)
-            with instrumented(clock):
-                answer(llama, Method("FSPAD", {"assistant_model": draft}), prompt, "sampled", tokens=12)
-        rounds = [r for r in clock.rounds()[1:] if r.levels == 3]
-        slowed = {part for part in PARTS if min(r.parts[part] for r in rounds) > 0.009}
-        assert slowed == {part} | ({"accept"} if part in ("levels", "compact") else set())  # they are called there too
+    monkeypatch.setattr(owner, name, slow)
+    _, rounds = Watched(draft, None).traced(llama, inputs_of(prompt), "sampled", 24, 5)
+    assert {part for part in PARTS if min(one.parts[part] for one in rounds) > 0.009} == {part}
 
 
-def test_the_functions_are_themselves_again(llama, draft, prompt, monkeypatch):
-    before = functions()
-    with instrumented(RoundClock(CPU)), forced(2.0):
-        assert all(now is not was for now, was in zip(functions(), before, strict=True))
-    assert functions() == before
+def test_a_call_that_raises_stops_its_trace(llama, draft, prompt):
+    """And the next one is traced again."""
 
     class Broken(RuntimeError):
         pass
 
-    def fails(*args, **kwargs):
-        raise Broken
+    calls = []
 
-    clock = RoundClock(CPU)
-    fast = Method("FSPAD", {"assistant_model": draft})
-    with pytest.raises(Broken), instrumented(clock):
-        answer(llama, Method("broken", {"assistant_model": draft, "logits_processor": [fails]}), prompt, "greedy")
-    assert functions() == before
-    with pytest.raises(Broken), instrumented(clock), monkeypatch.context() as patched:
-        patched.setattr(Drafter, "_children", fails)
-        answer(llama, fast, prompt, "greedy")
-    assert functions() == before
-    with instrumented(clock):  # and the clock goes on
-        timed = answer(llama, fast, prompt, "greedy")
-    assert sum(not r.first for r in clock.rounds()) == len(timed.accepted_lengths) - 1
+    def fails(ids, scores):
+        calls.append(len(ids))
+        if len(calls) == 9:
+            raise Broken
+        return scores
+
+    class Failing(Watched):
+        def timer(self):
+            timer = super().timer()
+            self.arguments["logits_processor"] = [fails]
+            return timer
+
+    broken = Failing(draft, None)
+    with pytest.raises(Broken):
+        broken.traced(llama, inputs_of(prompt), "greedy", 30, 5)
+    assert broken.tracer is None
+    _, rounds = Watched(draft, None).traced(llama, inputs_of(prompt), "greedy", 30, 5)
+    assert len(rounds) == 12
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("tau", "vocabulary"), [(1.0, None), (2.25, 20), (4.0, None)])
 def test_tau_is_met_exactly(prompt, mode, tau, vocabulary):
-    target = random_target(tiny.CONFIGS["llama"](), CPU, torch.float32)
-    made = random_draft(target, **TREE, draft_vocab_size=vocabulary)
-    method = module.fspad_method(made, tau, clock := RoundClock(CPU))
-    with instrumented(clock):
-        lengths = answer(target, method, prompt, mode, tokens=1 + total_tokens(tau, 20)).accepted_lengths
+    target, made = random_pair(tiny.CONFIGS["llama"](), CPU, torch.float32, {**TREE, "draft_vocab_size": vocabulary})
+    lengths = answer(target, Watched(made, tau), prompt, mode, tokens=Decree.tokens(tau, 20)).accepted_lengths
     assert len(lengths) == 20 and sum(lengths) == 20 * tau
     assert max(lengths) - min(lengths) <= 1
-    assert sum(not r.first for r in clock.rounds()) == 19
 
 
 def test_a_plan_follows_the_tree():
@@ -162,57 +144,52 @@ def test_bytes_are_counted_by_hand(llama):
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48 + 2 * 32
     target = 2 * layer + 32 + 64 * 32  # the final norm and the head; the embedding is only gathered
     network = (2 * 32 * 32 + 32) + 32 + 3 * 32 * 48 + 4 * 32 * 32 + 32 + 2 * 32 * 48 + 48 * 64
-    traffic = weight_traffic(llama, made)
-    assert (traffic.target, traffic.draft, traffic.head) == (4 * target, 4 * network, 4 * 16 * 32)
-    assert traffic.round == 4 * (target + 3 * (network + 16 * 32))
+    assert weight_bytes(llama, made) == {"target": 4 * target, "draft": 4 * network, "head": 4 * 16 * 32}
     config = tiny.CONFIGS["llama"]()
     config.tie_word_embeddings = True
-    tied = random_target(config, CPU, torch.bfloat16)
-    assert weight_traffic(tied, random_draft(tied, **TREE)).target == 2 * target  # read as the head all the same
+    tied = random_pair(config, CPU, torch.bfloat16, TREE)
+    assert weight_bytes(*tied)["target"] == 2 * target  # read as the head all the same
 
 
 def test_bandwidth_is_that_of_a_copy(monkeypatch):
-    from fspad_hf.evaluation import roofline
-
-    monkeypatch.setattr(roofline, "_seconds", lambda copy, source: 0.25)
+    monkeypatch.setattr(module.Stopwatch, "read", lambda self: 0.25)
     assert copy_bandwidth(CPU, 1 << 20) == 8 << 20
     assert covered([(0, 2), (1, 3), (5, 6), (5.5, 5.8)]) == 4
 
 
-def test_the_gpus_busy_time_is_that_of_the_later_rounds(llama, draft, prompt, monkeypatch):
-    """The arithmetic around torch.profiler, without a GPU."""
-    calls = []
+def test_a_gpus_rounds_are_read_from_its_own_time_line():
+    """The arithmetic around torch.profiler, without a GPU. In microseconds."""
 
-    def event(start, end, device=DeviceType.CUDA, annotation=False):
+    def event(name, start, end, device=DeviceType.CUDA, annotation=True):
         span = SimpleNamespace(start=start, end=end)
-        return SimpleNamespace(time_range=span, device_type=device, is_user_annotation=annotation)
+        return SimpleNamespace(name=name, time_range=span, device_type=device, is_user_annotation=annotation)
 
-    events = [event(0, 4e6), event(2e6, 6e6), event(8e6, 9e6, DeviceType.CPU), event(0, 9e9, annotation=True)]
-    fake = SimpleNamespace(
-        start=lambda: calls.append("start"), stop=lambda: calls.append("stop"), events=lambda: events
-    )
-    monkeypatch.setattr(torch.profiler, "profile", lambda activities: fake)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    fast, answers = Method("FSPAD", {"assistant_model": draft}), []
-    busy = device_busy(CPU, lambda clock: answers.append(answer(llama, fast, prompt, "greedy")))
-    assert busy == 6 / (len(answers[0].accepted_lengths) - 1) and calls == ["start", "stop"]
-    assert device_busy(CPU, lambda clock: answer(llama, fast, prompt, "greedy", tokens=1)) is None
+    host = [event(f"fspad: {name}", *span, DeviceType.CPU) for name, *span in (
+        ("round", 0, 100), ("draft", 1, 10), ("head", 2, 4), ("head", 5, 6), ("round", 100, 150), ("verify", 101, 110),
+    )]  # fmt: skip
+    there = [event("fspad: draft", 5, 25), event("fspad: network", 10, 20), event("fspad: verify", 120, 140)]
+    kernels = [event("k", *span, annotation=False) for span in ((5, 9), (8, 19), (120, 139), (160, 170))]
+    first, second = read_rounds([*host, *there, *kernels])
+    assert first.levels == 2 and first.busy == pytest.approx(14e-6) and first.seconds == pytest.approx(100e-6)
+    wanted = {"draft": 10e-6, "network": 10e-6, "host": 80e-6}
+    assert first.parts == pytest.approx(dict.fromkeys(PARTS, 0.0) | wanted)
+    assert second.parts["verify"] == pytest.approx(20e-6) and second.busy == pytest.approx(19e-6)
 
 
 def test_the_rounds_that_count():
-    def made(milliseconds, first=False, levels=3):
-        return Round({"host": milliseconds / 1e3}, first, levels)
-
-    rounds = [made(50, first=True), *map(made, (5, 1, 2, 3, 4, 6, 7, 90)), made(1, levels=2)]
-    full = full_rounds(rounds)
-    assert len(full) == 8 and [round(r.seconds * 1e3) for r in middle_half(full)] == [3, 4, 5, 6]
+    rounds = [Round({"host": ms / 1e3}, 3) for ms in (5, 1, 2, 3, 4, 6, 7, 90)]
+    assert [round(one.seconds * 1e3) for one in middle_half(rounds)] == [3, 4, 5, 6]
+    found = module._rounds([*rounds, Round({**dict.fromkeys(PARTS, 0.0), "host": 1e-3}, 2)][-1:], [2, 3])
+    assert found["used"] == found["timed"] == 1 and found["tau"] == 2.5
     with pytest.raises(ValueError, match="answers ended early"):
-        full_rounds(rounds[:1])
+        module._rounds([], [1])
+    tracer = Tracer(CPU)
+    assert tracer.read() == []  # of a call without a round
 
 
 def test_a_profile(llama, draft, prompt, small, monkeypatch):
-    monkeypatch.setattr(peers, "CompileConfig", functools.partial(CompileConfig, backend="eager"))  # seconds
-    settings = ProfileSettings(max_new_tokens=16, repeats=2, rows=(1, 5))
+    monkeypatch.setattr(peers, "CompileConfig", lambda: CompileConfig(backend="eager"))  # seconds
+    settings = ProfileSettings(max_new_tokens=24, repeats=2, rows=(1, 5))
     result = profile(llama, draft, [inputs_of(prompt), inputs_of(prompt[:, :6])], settings)
     json.dumps(result, allow_nan=False)
     assert set(result) == {"rounds", "graph_rounds", "verify", "roofline", "speed"} and not result["graph_rounds"]
@@ -220,7 +197,7 @@ def test_a_profile(llama, draft, prompt, small, monkeypatch):
         found = result["rounds"][mode]
         assert set(found) == {"seconds", "parts", "timed", "used", "tau", "gpu_busy_seconds"}
         assert found["seconds"] == pytest.approx(sum(found["parts"].values())) and found["gpu_busy_seconds"] is None
-        assert 1 <= found["used"] < found["timed"]
+        assert 1 <= found["used"] < found["timed"] <= 48
         rows = {row["method"]: row for row in result["speed"][mode]}
         assert (
             list(rows) == ["plain", "static+compile", "prompt lookup", "FSPAD eager"] and rows["plain"]["ratio"] == 1
@@ -234,16 +211,17 @@ def test_a_profile(llama, draft, prompt, small, monkeypatch):
 
 
 @pytest.mark.parametrize("tau", [None, 2.0])
-def test_captured_rounds_beside_eager_ones(llama, prompt, small, captured, tau, tmp_path):
+def test_captured_rounds_beside_eager_ones(llama, prompt, small, captured, tau):
     draft = fresh_draft(llama, **TREE)
     settings = ProfileSettings(max_new_tokens=41, repeats=2, rows=(1,), methods=(), tau=tau)
+    if tau is not None:
+        llama, draft = random_pair(tiny.CONFIGS["llama"](), CPU, torch.float32, TREE)
     result = profile(llama, draft, [inputs_of(prompt)], settings)
     assert captured and not draft.speculation_config.cuda_graphs
     for mode in MODES:
         found, eager = result["graph_rounds"][mode], result["rounds"][mode]
         used = {part for part, seconds in found["parts"].items() if seconds}
-        assert used - {"noise"} == {*GRAPHS.values(), "walk", "host"} and ("noise" in used) == (mode == "sampled")
-        assert {part for part, seconds in eager["parts"].items() if seconds}.isdisjoint(GRAPHS.values())
+        assert {"draft", "verify", "emit", "keep", "host"} <= used
         rows = {row["method"]: row for row in result["speed"][mode]}
         assert list(rows) == ["plain", "FSPAD eager", "FSPAD graph"]
         if tau is not None:
@@ -252,10 +230,7 @@ def test_captured_rounds_beside_eager_ones(llama, prompt, small, captured, tau, 
         Console(file=(shown := io.StringIO()), width=80).print(title, table)
         shown = shown.getvalue()
         assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
-        assert ("verify graph" in shown) == (title == "A round as CUDA graphs")
         assert "at least" not in shown or "graph round" in shown
-    save_plot(result, tmp_path / "rounds.svg")
-    assert "T = 1, graph" in (tmp_path / "rounds.svg").read_text()
 
 
 def test_a_failing_method_is_a_row_that_says_why(llama, draft, prompt, small, monkeypatch):
@@ -267,7 +242,7 @@ def test_a_failing_method_is_a_row_that_says_why(llama, draft, prompt, small, mo
         return original(self, *arguments)
 
     monkeypatch.setattr(Method, "answer", fails)
-    settings = ProfileSettings(max_new_tokens=12, repeats=1, methods=("prompt-lookup",), rows=(1,), modes=("greedy",))
+    settings = ProfileSettings(max_new_tokens=24, repeats=1, methods=("prompt-lookup",), rows=(1,), modes=("greedy",))
     failing = ["prompt lookup"]
     plain, lookup, fast = profile(llama, draft, [inputs_of(prompt)], settings)["speed"]["greedy"]
     assert lookup["error"] == "RuntimeError: no such luck" and lookup["tokens_per_second"] is None
@@ -286,47 +261,45 @@ QUICK = ["--repeats", "1", "--rows", "1", "4"]
 
 def test_the_command_on_a_real_pair(models, tmp_path, capsys, small):
     pair = ["--target", models / "target", "--draft", models / "draft"]
-    options = ["--prompt", "tell me", "--context", "60", "--max-new-tokens", "16", "--methods", "prompt-lookup"]
+    options = ["--prompt", "tell me", "--context", "60", "--max-new-tokens", "24", "--methods", "prompt-lookup"]
     assert command(*pair, *QUICK, *options, "--json", tmp_path / "out.json") == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["tree"].values()) == [3, 4, 12, 0]
     assert 40 <= result["context"][0] <= 60 and result["dtype"] == "float32" and result["settings"]["seed"] == 0
     shown = capsys.readouterr().out
-    for title in ("A round", "verify forward", "by its rows", "weights alone", "prompt lookup", "FSPAD eager"):
+    for title in ("A round", "verification forward", "by its rows", "weights alone", "prompt lookup", "FSPAD eager"):
         assert title in shown
     assert "GPU" not in shown and not list(tmp_path.glob(".*"))
 
 
 def test_the_command_on_a_shape(tmp_path, small, monkeypatch, capsys):
     tiny.CONFIGS["qwen3"]().save_pretrained(tmp_path)
-    made, original = [], random_target
-    monkeypatch.setattr(profile_run, "random_target", lambda *a: made.append(weakref.ref(m := original(*a))) or m)
+    made, original = [], random_pair
+
+    def noted(*args):
+        pair = original(*args)
+        made.extend(map(weakref.ref, pair))
+        return pair
+
+    monkeypatch.setattr(module, "random_pair", noted)
     options = ["--shape", tmp_path / "config.json", "--tau", "2.5", "--rounds", "8", "--context", "20", "--methods"]
     more = ["--draft-vocab-size", "32", "--dtype", "bfloat16", "--device", "cpu", "--json", tmp_path / "out.json"]
-    assert command(*options, *more, *QUICK) == 0
+    assert command(*options, *more, *QUICK, "--tree-depth", "4") == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["dtype"] == "bfloat16" and result["draft_vocab_size"] == 32 and result["context"] == [20]
     for mode in MODES:
-        assert result["rounds"][mode]["tau"] == 2.5 and result["rounds"][mode]["timed"] == 8
+        assert result["rounds"][mode]["tau"] == 2.5 and result["rounds"][mode]["timed"] >= 5
         assert [row["method"] for row in result["speed"][mode]] == ["plain", "FSPAD eager"]
         assert result["speed"][mode][1]["tau"] == 2.5
     gc.collect()
-    assert len(made) == 1 and made[0]() is None  # its memory is free
-
-
-def test_the_plot(models, tmp_path, small):
-    pytest.importorskip("matplotlib")
-    options = ["--target", models / "target", "--draft", models / "draft", "--max-new-tokens", "12", "--methods"]
-    assert command(*options, *QUICK, "--prompt", "a", "--plot", tmp_path / "parts.svg") == 0
-    text = (tmp_path / "parts.svg").read_text()
-    assert ElementTree.fromstring(text).tag.endswith("svg") and "#ffffff" not in text and "verify forward" in text
+    assert len(made) == 2 and made[0]() is None  # its memory is free
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "mixtral"])
 def test_random_weights_are_whole(name, dtype, prompt):
     config = tiny.CONFIGS[name]()
-    one, two = (random_target(config, CPU, dtype) for _ in range(2))
+    (one, _), (two, made) = (random_pair(config, CPU, dtype, {**TREE, "draft_vocab_size": 8}) for _ in range(2))
     assert {p.dtype for p in one.parameters()} == {dtype} and not one.training
     for a, b in zip(one.state_dict().values(), two.state_dict().values(), strict=True):
         assert torch.isfinite(a).all() and torch.equal(a, b)
@@ -336,7 +309,6 @@ def test_random_weights_are_whole(name, dtype, prompt):
         assert a.dtype == b.dtype and torch.equal(a, b)
     with torch.no_grad():
         assert torch.isfinite(one(prompt).logits).all()
-    made = random_draft(two, **TREE, draft_vocab_size=8)
     assert made.dtype == dtype and made.draft_vocab_ids.tolist() == list(range(8))
     assert all(torch.isfinite(p).all() and p.any() for n, p in made.named_parameters() if "bias" not in n)
 
@@ -349,7 +321,7 @@ SHAPE = ["--shape", "smollm2-135m"]
     [
         (["--repeats", "0"], "repeats=0"), (["--rows", "4", "0"], "rows=[4, 0]"), (["--modes", "warm"], "['warm']"),
         (["--methods", "magic"], "methods=['magic']"), (["--max-new-tokens", "6"], "expected 9 or more"),
-        (["--plot", "parts.png"], ".svg"), (["--json", "no/such/folder/x"], "no/such/folder"),
+        (["--json", "no/such/folder/x"], "no/such/folder"),
         (["--tau", "2"], "--tau"), (["--rounds", "9", "--draft-vocab-size", "8"], "--rounds, --draft-vocab-size"),
         (["--context", "0"], "context=0"),
         (SHAPE, "--tau 2.5"), ([*SHAPE, "--tau", "7.5"], "expected 1 to 7"), ([*SHAPE, "--tau", "nan"], "tau=nan"),
@@ -364,8 +336,8 @@ def test_bad_options_are_refused_before_work(options, said, capsys, monkeypatch,
     def never(*args, **kwargs):
         raise AssertionError("work was begun")
 
-    for name in ("load_models", "profile", "random_draft"):
-        monkeypatch.setattr(profile_run, name, never)
+    for name in ("load_models", "profile", "_fill_all"):
+        monkeypatch.setattr(module, name, never, raising=False)
     pair = [] if "--shape" in options else ["--target", models / "target", "--draft", models / "draft"]
     extra = ["--tau", "2"] if options[0] == "--shape" and options[1] == "./nowhere" else []
     assert command(*pair, *options, *extra) == 2
@@ -386,4 +358,4 @@ def test_what_is_no_language_model_or_too_large_is_refused(tmp_path, capsys, mon
 def test_a_target_without_trees_is_refused(prompt, small):
     mpt = tiny.build("mpt", "eager")
     with pytest.raises(ValueError, match="nothing to time"):
-        profile(mpt, fresh_draft(tiny.build("llama"), **TREE), [inputs_of(prompt)], ProfileSettings(max_new_tokens=9))
+        profile(mpt, fresh_draft(tiny.build("llama"), **TREE), [inputs_of(prompt)], ProfileSettings(max_new_tokens=12))
