@@ -190,13 +190,15 @@ class Rounds:
         return static and not (self.is_watched and not self.graphs.are_current())
 
     def make_room(self, shape: TreeShape) -> None:
+        """For a round with such trees."""
         self.arena.make_room()
         if self.graphs is not None:
             bucket = self.graphs.fit(self.arena.longest)
             self.arena, self.drafter.cache = bucket.arena, bucket.draft_cache
-        missing = self.arena.longest + max(shape.rows, self.arena.capacity) - self.shown.shape[1]
+        missing = max(self.arena.capacity, self.arena.longest + shape.rows) - self.shown.shape[1]
         if missing > 0:
-            self.shown = functional.pad(self.shown, (0, max(missing, GROWTH)), value=True)
+            more = missing if self.arena.capacity else missing + GROWTH  # for graphs, as wide as the buffers
+            self.shown = functional.pad(self.shown, (0, more), value=True)
 
     def to_read(self, captured: bool) -> tuple[torch.Tensor, list[list[int]]]:
         """The pairs that the draft has not read: features (`[batch, most, hidden]`) and the tokens of each text."""

@@ -7,6 +7,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList, Sto
 from transformers.generation.streamers import BaseStreamer
 
 from fspad_hf import FSPADConfig, FSPADDraftModel
+from fspad_hf.generation.cache import ArenaCache
 from fspad_hf.generation.probe import probe
 from fspad_hf.generation.verification import NoiseQueue
 from fspad_hf.host import CACHE
@@ -110,6 +111,27 @@ class StopAt(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         return torch.tensor([input_ids.shape[1] >= self.length])
+
+
+@pytest.mark.parametrize("returned", [False, True])
+def test_keys_and_values_are_held_once(llama, prompt, returned, monkeypatch):
+    """Decoding takes them over from the prefill's cache, which nobody else asked for."""
+    made, from_dynamic = [], ArenaCache.from_dynamic.__func__
+
+    def noted(cls, cache, *args, **kwargs):
+        if len(cache.layers) == len(llama.model.layers) and cache.get_seq_length() == prompt.shape[1]:
+            made.append(cache)
+        return from_dynamic(cls, cache, *args, **kwargs)
+
+    draft = fresh_draft(llama)
+    llama.generate(prompt, assistant_model=draft, max_new_tokens=3)  # what the probe holds is another matter
+    monkeypatch.setattr(ArenaCache, "from_dynamic", classmethod(noted))
+    out = llama.generate(
+        prompt, assistant_model=draft, max_new_tokens=12, eos_token_id=None, return_dict_in_generate=returned
+    )
+    (cache,) = made
+    assert all((layer.keys is None) != returned for layer in cache.layers)
+    assert not returned or cache.get_seq_length() == out.sequences.shape[1] - 1
 
 
 def test_a_position_table_that_ends_before_max_length():

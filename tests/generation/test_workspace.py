@@ -216,6 +216,14 @@ def test_three_buckets_are_captured_once(captured):
     assert gone() is None
 
 
+def test_within_a_bucket_nothing_is_captured_again(captured, prompt, monkeypatch):
+    monkeypatch.setattr(graphs, "SMALLEST_BUCKET", 512)
+    model = tiny.build("llama")
+    draft = fresh_draft(model, cuda_graphs=True)
+    out = model.generate(prompt, assistant_model=draft, max_new_tokens=240, eos_token_id=None, pad_token_id=0)
+    assert out.shape == (1, 249) and len(captured) == 2
+
+
 def test_workspaces_of_several_targets_are_bounded(captured, prompt):
     models = [tiny.build("llama") for _ in range(IDLE_WORKSPACES + 1)]
     draft = fresh_draft(models[0], cuda_graphs=True)
