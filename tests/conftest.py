@@ -175,6 +175,17 @@ class Oracle:
                         true_nodes.add(len(tokens))
                     tokens.append(token), parents.append(parent), depths.append(d)
             level = grown
+        return self._tree(tokens, parents, depths, root)
+
+    def chain(self, length, root, depth):
+        """One path, of which each token is right with probability `accuracy`."""
+        known = self.reference[length : length + depth] + [0] * depth
+        tokens = [t if self.random.random() < self.accuracy else (t + 1) % self.vocab_size for t in known[:depth]]
+        steps = list(range(depth + 1))
+        return self._tree([int(root), *tokens], [max(step - 1, 0) for step in steps], steps, root)
+
+    @staticmethod
+    def _tree(tokens, parents, depths, root):
         scores = torch.arange(0.0, -len(tokens), -1)[None]
         return CandidateTree(
             *(torch.tensor([x], device=root.device) for x in (tokens, parents, depths)), scores.to(root.device)
@@ -193,7 +204,8 @@ def oracles_growth(oracles, monkeypatch):
 
     def grow(self, read, ends, roots, shape, noise=None):
         rows = zip(going, ends[:, 0].tolist(), roots, strict=True)
-        return CandidateTree.stacked([oracles[n].grow(length + 1, root, shape.depth) for n, length, root in rows])
+        kind = Oracle.chain if shape.top_k == 1 else Oracle.grow
+        return CandidateTree.stacked([kind(oracles[n], length + 1, root, shape.depth) for n, length, root in rows])
 
     return grow
 

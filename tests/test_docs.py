@@ -341,6 +341,8 @@ def test_support_lists_the_tested_architectures():
     text = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
     table = text.split("## Architectures")[1].split("There is no list")[0]
     speculates, plain = table.split("| runs as plain `generate` |")
+    speculates, chains = speculates.split("| by chains |")
+    assert re.findall(r"\w+", chains) == list(tiny.CHAINS)
     assert re.findall(r"\w+", speculates.split("| speculates |")[1]) == list(tiny.CONFIGS)
     assert re.findall(r"\w+", plain) == list(tiny.UNSUPPORTED)
 

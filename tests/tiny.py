@@ -47,9 +47,21 @@ CONFIGS = {
     "gpt_oss": lambda: tf.GptOssConfig(**COMMON, head_dim=8, num_local_experts=4, sliding_window=6, layer_types=MIXED),
 }  # fmt: skip
 
-UNSUPPORTED = {
+CHAINS = {  # no tree, for want of positions or of a mask that could be one
     "bloom": lambda: tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
-    "mpt": lambda: tf.MptConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=256),
+    "mpt": lambda: tf.MptConfig(
+        vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=256, initializer_range=0.3, use_cache=True
+    ),
+    "falcon": lambda: tf.FalconConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True, initializer_range=0.3
+    ),
+    "gpt_neo": lambda: tf.GPTNeoConfig(
+        vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, intermediate_size=48, window_size=6,
+        attention_types=[[["global", "local"], 1]], max_position_embeddings=256, initializer_range=0.3,
+    ),
+}  # fmt: skip
+
+UNSUPPORTED = {
     "lfm2": lambda: tf.Lfm2Config(**COMMON, layer_types=["full_attention", "conv"]),
     "mamba": lambda: tf.MambaConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3
@@ -59,7 +71,7 @@ UNSUPPORTED = {
 
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random model in eval mode; the global generator is left where it was."""
-    config = (CONFIGS | UNSUPPORTED)[name]()
+    config = (CONFIGS | CHAINS | UNSUPPORTED)[name]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)

@@ -38,7 +38,7 @@ class ArenaLayer(CacheLayerMixin):
         self.arena.reserve(self, key_states, value_states, key_states.shape[-2])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.arena.width(self.window), 0
+        return self.arena.width(self.window), self.arena.offset(self.window)
 
     def get_seq_length(self) -> int:
         return 0 if self.arena.is_fixed else self.arena.longest  # the same in all rounds: a graph would freeze it
@@ -174,6 +174,10 @@ class ArenaCache(Cache):
         if self.is_fixed:
             return self._fixed_capacity(window)
         return self.reach - min(self._first.get(window, (0,)))
+
+    def offset(self, window: int | None) -> int:
+        """The position of their first column, where all sequences have one."""
+        return 0 if self.is_fixed else min(self._first.get(window, (0,)))
 
     def columns(self, window: int | None) -> torch.LongTensor:
         """The column at which each sequence's rows go to layers of this window, `[batch, 1]`."""

@@ -103,6 +103,10 @@ def tree_decoding(
         own = processors, criteria, generation_config, own_streamer, noise, number, bool(judges)
         emitters.append(TokenEmitter(ids[None], *own))
     settings = settings_of_call(draft, target.device, generation_config, batch)
+    if target.chains_only:  # the draft's best children, or what is looked up
+        settings.tree_top_k, settings.tree_total_nodes = 1, settings.tree_depth
+        if settings.tree_lookup_tokens:
+            settings.tree_lookup_tokens = max(settings.tree_lookup_tokens, settings.tree_depth)
     drafter = Drafter(draft, target, logits_processor, settings, batch)
     lengths: list[list[int]] = [[] for _ in emitters]
     together = None

@@ -300,6 +300,7 @@ def why_no_graphs(target: Target, draft: FSPADDraftModel, dtype: torch.dtype) ->
     rules = {
         f"they are on {device.type}": not can_capture(device),
         "the draft is in another dtype or on another device": (draft.dtype, draft.device) != (dtype, device),
+        "the target verifies chains only": target.chains_only,
         "the target is compiled": not target.use_hook,
         "the target is on several devices": any(p.device != device for p in model.parameters()),
         f"the target has modules of {', '.join(strangers)}": bool(strangers),

@@ -246,8 +246,12 @@ def why_not(
     }
     if len(input_ids) > 1:
         rules |= _rules_of_batches(input_ids, generation_config, logits_processor, stopping_criteria, cache)
-    reason = next((reason for reason, holds in rules.items() if holds), None)
-    return reason or probe(model).reason
+    if (reason := next((reason for reason, holds in rules.items() if holds), None)) is not None:
+        return reason
+    found = probe(model)
+    if found.chains_only and len(input_ids) > 1:
+        return "it verifies chains only, and this is a batch"
+    return found.reason
 
 
 def _rules_of_batches(

@@ -1,4 +1,4 @@
-"""Can this model verify trees? Asked of the model itself, once, never of a list of names."""
+"""Can this model verify trees, or chains? Asked of the model itself, once, never of a list of names."""
 
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,14 +16,15 @@ from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windo
 from .tree import CandidateTree
 from .twin import can_have_twin
 
+ATTENTION = ("attention", "full_attention", "sliding_attention")  # kinds of layers
 TOLERANCE = 0.2  # of what a causal mask in the tree's place would change
 
 
 @dataclass(frozen=True)
 class ProbeResult:
     """
-    `reason` is `None` if the model can verify trees; else it completes "... because". It `lasts` unless it says more
-    about the moment than about the model.
+    `reason` is `None` if the model can verify trees, or with `chains_only` chains; else it completes "... because". It
+    `lasts` unless it says more about the moment than about the model.
     """
 
     reason: str | None
@@ -31,10 +32,11 @@ class ProbeResult:
     logit_transform: str = "identity"
     use_twin: bool = False
     lasts: bool = True
+    chains_only: bool = False
 
     def view(self, model: PreTrainedModel) -> Target:
         """The model, seen as the probe has found it."""
-        return Target(model, self.use_hook, self.logit_transform, self.use_twin)
+        return Target(model, self.use_hook, self.logit_transform, self.use_twin, self.chains_only)
 
 
 _known = Remembered()
@@ -44,7 +46,7 @@ _known = Remembered()
 def probe(model: PreTrainedModel) -> ProbeResult:
     """
     Runs a fixed tree with siblings (0 -> {1, 2}, 2 -> 3) through the model, in its own dtype and attention, and
-    compares with the same paths run one by one. Draws nothing.
+    compares with the same paths run one by one; if that is no use, one of the paths as a chain. Draws nothing.
 
     The answer is remembered per attention implementation, dtype, device, compilation, autocast, hooks, and by what
     the model's inputs are prepared.
@@ -84,11 +86,17 @@ class _NoDraws(TorchDispatchMode):
 
 
 def _probe(model: PreTrainedModel) -> ProbeResult:
-    """By a twin if that works, or else by the model itself."""
-    twins = can_have_twin(model) and not is_compiled(model) and not foreign_hooks(model)
-    for use_twin in (True, False) if twins else (False,):
+    """A tree, by a twin if that works, or else by the model itself; or else a chain."""
+    kinds = model.config.get_text_config()
+    kinds = {kind for kind in getattr(kinds, "layer_types", None) or () if kind not in ATTENTION}
+    if kinds:
+        return ProbeResult(f"its layers include {sorted(kinds)[0]!r}")
+    twins, why = can_have_twin(model) and not is_compiled(model) and not foreign_hooks(model), None
+    for use_twin, chains_only in ((True, False), (False, False), (False, True)):
+        if use_twin and not twins:
+            continue
         try:
-            found = _tried(model, use_twin)
+            found = _tried(model, use_twin, chains_only)
         except torch.OutOfMemoryError:
             return ProbeResult("there is no memory for a trial tree", lasts=False)
         except _Drew:
@@ -97,18 +105,20 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
             message = str(error).strip() or "no message"
             found = ProbeResult(f"{type(error).__name__} on a trial tree: {message.splitlines()[0]}")
         if found.reason is None:
-            break
-    return found
+            return found
+        why = found if why is None or not chains_only else why
+    return why
 
 
-def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
+def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeResult:
     text_config = model.config.get_text_config()
-    if not accepts_positions(model):
+    if not chains_only and not accepts_positions(model):
         return ProbeResult("it takes no position_ids")
-    try:
-        attention_windows(text_config)
-    except ValueError as error:
-        return ProbeResult(str(error))
+    if not chains_only:
+        try:
+            attention_windows(text_config)
+        except ValueError as error:
+            return ProbeResult(str(error))
 
     ids = (torch.arange(1, 13, device=execution_device(model)) * 7919 % text_config.vocab_size).expand(2, -1)
     prompt, nodes = ids[:, :8], ids[:, 8:]  # nodes: root, two siblings, a child of the second
@@ -116,7 +126,8 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
 
     use_hook = not is_compiled(model)
     watched = _NoDraws if use_hook else nullcontext  # a compiler cannot be watched
-    target, host = Target(model, use_hook, use_twin=use_twin), _HostSteps(model, prompt, use_hook)
+    target = Target(model, use_hook, use_twin=use_twin, chains_only=chains_only)
+    host = _HostSteps(model, prompt, use_hook)
     with watched(), target.listening(), target._armed() as caught:
         outputs = host.step(prompt)
     if use_hook and not caught:
@@ -128,20 +139,26 @@ def _tried(model: PreTrainedModel, use_twin: bool) -> ProbeResult:
     if transform is None:
         return ProbeResult("its logits are not its LM head applied to its decoder's output")
 
-    parents, depths = nodes.new_tensor([[0, 0, 0, 2]] * 2), nodes.new_tensor([[0, 1, 1, 2]] * 2)
-    arena, shown = ArenaCache.from_dynamic(outputs[CACHE]), torch.ones_like(ids, dtype=torch.bool)
-    arena.place(root := torch.full_like(prompt[:, :1], prompt.shape[1]), ids.shape[1])
+    tree = CandidateTree(nodes, nodes.new_tensor([[0, 0, 0, 2]] * 2), nodes.new_tensor([[0, 1, 1, 2]] * 2))
+    if chains_only:
+        steps = torch.arange(3, device=ids.device).expand(2, -1)
+        tree = CandidateTree(nodes.gather(1, paths), (steps - 1).clamp(min=0), steps)
+    arena, root = ArenaCache.from_dynamic(outputs[CACHE]), torch.full_like(prompt[:, :1], prompt.shape[1])
+    arena.place(root, prompt.shape[1] + len(tree))
     with watched(), target.listening():
-        logits, _ = target.verify(CandidateTree(nodes, parents, depths), arena, shown, root)
+        logits, _ = target.verify(tree, arena, torch.ones_like(ids, dtype=torch.bool), root)
     with watched():  # which takes time: of each kind of forward it sees one
         steps = [host.logits(nodes[:, :1])]
     steps += [host.logits(nodes.gather(1, paths[:, [at]])) for at in (1, 2)]
     (start, _), (first, second), (causal, child) = steps
-    tree, truth = logits[0].float(), torch.stack((start, first, second, child))
-    error, scale = (tree - truth).abs().max(), (causal - second).abs().max()
+    found, truth = logits[0].float(), torch.stack((start, first, second, child))
+    if chains_only:
+        found, truth = logits.float().flatten(0, 1), torch.stack((start, first, causal, start, second, child))
+    error, scale = (found - truth).abs().max(), (causal - second).abs().max()
     if not error <= TOLERANCE * scale:
-        return ProbeResult(f"a trial tree came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
-    return ProbeResult(None, use_hook, transform, use_twin)
+        what = "chain" if chains_only else "tree"
+        return ProbeResult(f"a trial {what} came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
+    return ProbeResult(None, use_hook, transform, use_twin, chains_only=chains_only)
 
 
 class _HostSteps:

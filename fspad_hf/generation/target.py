@@ -33,6 +33,7 @@ class Target:
         use_hook: as found by the probe.
         logit_transform: name of a function in [`LOGIT_TRANSFORMS`], as found by the probe.
         use_twin: verify by a [`twin`], as found by the probe.
+        chains_only: its forward takes no mask for trees, see [`~Target.verify`].
     """
 
     def __init__(
@@ -41,8 +42,9 @@ class Target:
         use_hook: bool = True,
         logit_transform: str = "identity",
         use_twin: bool = False,
+        chains_only: bool = False,
     ):
-        self.model = model
+        self.model, self.chains_only = model, chains_only
         self.embedding = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
         self.use_hook = use_hook
@@ -50,6 +52,7 @@ class Target:
         self._verifier: PreTrainedModel | None = None
         self.logit_transform = LOGIT_TRANSFORMS[logit_transform]
         self.text_config = model.config.get_text_config()
+        self._takes_positions = accepts_positions(model)
         self.device = execution_device(model)
         self._thread = threading.get_ident()
         self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -92,7 +95,8 @@ class Target:
         self, tree: CandidateTree, cache: ArenaCache, shown: torch.BoolTensor, positions: torch.LongTensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        One forward over every node of `tree`.
+        One forward over every node of `tree`. A chain, in which each node's parent is the one before, needs no mask
+        but what the model makes itself; and no positions, where it takes none.
 
         Args:
             cache: holds the tokens before the roots; the nodes' rows go where it was told to place them.
@@ -102,14 +106,13 @@ class Target:
         Returns:
             logits (`[batch, nodes, vocabulary]`) and features (`[batch, nodes, hidden]`).
         """
-        inputs = {
-            "input_ids": tree.tokens,
-            "position_ids": positions + tree.depths,
-            "attention_mask": self._mask(tree, shown, cache),
-            CACHE: cache,
-            "use_cache": True,
-            "return_dict": True,
-        }
+        inputs = {"input_ids": tree.tokens, CACHE: cache, "use_cache": True, "return_dict": True}
+        if self.chains_only:
+            inputs["attention_mask"] = shown[:, : cache.reach].long()
+        else:
+            inputs["attention_mask"] = self._mask(tree, shown, cache)
+        if self._takes_positions:
+            inputs["position_ids"] = positions + tree.depths
         if not self.use_hook:
             inputs["output_hidden_states"] = True
         with self._armed() as caught, label("forward"):

@@ -74,7 +74,7 @@ class TunedTrees:
         most = min(len(found.tokens), self.lookup)
         if most:
             right = self._right[found.match] / self._checked[found.match]
-            options = [best, best.with_lookup(min(most, best.total_nodes // 2))]
+            options = [best] if best.top_k == 1 else [best, best.with_lookup(min(most, best.total_nodes // 2))]
             options += [TreeShape(0, 0, 0, n) for n in {min(most, size) for size in _halvings(self.lookup)}]
             best = max(options, key=lambda shape: self._speed(shape, right))
         self._shape = best
@@ -142,6 +142,8 @@ def ladder(settings) -> list[TreeShape]:
     """
     largest = TreeShape.of(settings).with_lookup(0)
     shapes = {largest}
+    if largest.top_k == 1:  # chains
+        return [PLAIN, *(TreeShape(depth, 1, depth) for depth in range(1, largest.depth + 1))]
     for nodes in _halvings(largest.total_nodes):
         for depth in range(1, min(largest.depth, nodes) + 1):
             wide = math.ceil(largest.top_k * math.sqrt(nodes / largest.total_nodes))

@@ -356,6 +356,8 @@ def test_what_is_no_language_model_or_too_large_is_refused(tmp_path, capsys, mon
 
 
 def test_a_target_without_trees_is_refused(prompt, small):
-    mpt = tiny.build("mpt", "eager")
+    lfm2 = tiny.build("lfm2", "eager")
     with pytest.raises(ValueError, match="nothing to time"):
-        profile(mpt, fresh_draft(tiny.build("llama"), **TREE), [inputs_of(prompt)], ProfileSettings(max_new_tokens=12))
+        profile(
+            lfm2, fresh_draft(tiny.build("llama"), **TREE), [inputs_of(prompt)], ProfileSettings(max_new_tokens=12)
+        )

@@ -122,10 +122,14 @@ def test_a_sabotaged_mask_is_caught_by_the_probe(prompt, monkeypatch):
     """The probe fails a model whose tree mask is not honoured: here, one that sees every node."""
     from fspad_hf.generation import tree
     from fspad_hf.generation.probe import probe
+    from fspad_hf.generation.target import Target
 
     monkeypatch.setattr(
         tree.CandidateTree,
         "ancestors",
         lambda self: torch.ones(*self.tokens.shape, len(self), dtype=torch.bool).tril(),
     )
+    found = probe(tiny.build("llama"))
+    assert found.chains_only and found.reason is None  # which need no such mask
+    monkeypatch.setattr(Target, "chains_only", property(lambda self: False, lambda self, value: None), raising=False)
     assert "came out wrong" in probe(tiny.build("llama")).reason

@@ -1,0 +1,112 @@
+"""Targets that verify chains and no trees: plain `generate`'s tokens all the same."""
+
+import pytest
+import torch
+from transformers import AttentionInterface, pipeline
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fspad_hf.generation import hook
+from fspad_hf.generation.probe import probe
+
+from .. import tiny
+from ..conftest import fresh_draft
+
+SETTINGS = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "temperature": 1.3, "top_k": 0},
+    "penalty": {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "repetition_penalty": 1.2},
+}
+
+
+def causal_only(module, query, key, value, attention_mask, **kwargs):
+    """As flash attention: causal by itself, the newest query at the newest key; a mask of its own it does not take."""
+    if attention_mask is not None and attention_mask.dim() == 4:
+        raise ValueError("no 4-D masks here")
+    window, (rows, columns) = kwargs.get("sliding_window"), (query.shape[2], key.shape[2])
+    back = torch.arange(columns - rows, columns)[:, None] - torch.arange(columns)
+    visible = (back >= 0) & (back < (window or columns))
+    if attention_mask is not None:
+        visible = visible & attention_mask[:, None, -columns:].bool()
+    mask = torch.zeros(len(query), 1, rows, columns).masked_fill(~visible.view(-1, 1, rows, columns), -1e30)
+    kwargs.pop("is_causal", None)
+    return sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register("causal_only", causal_only)
+    flash = ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"]  # 2-D masks are handed on, all ones as none
+    ALL_MASK_ATTENTION_FUNCTIONS.register("causal_only", flash)
+
+
+def model_of(name):
+    if name in tiny.CHAINS:
+        return tiny.build(name, "eager")
+    model = tiny.build(name, "sdpa")
+    model.set_attn_implementation("causal_only")
+    return model
+
+
+NAMES = [*tiny.CHAINS, "llama", "mistral", "gemma3_text", "gpt2", "mixtral"]
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_tokens(name, mode, same, prompt):
+    model = model_of(name)
+    found = probe(model)
+    assert found.reason is None and found.chains_only
+    draft = fresh_draft(model, tree_depth=5, tree_top_k=4, tree_total_nodes=30)
+    _, fast = same(model, prompt, draft=draft, **SETTINGS[mode])
+    assert max(fast.speculation.accepted_lengths) == 6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_left_padding(name, same, prompt):
+    ids = torch.cat((torch.zeros(1, 4, dtype=torch.long), prompt), dim=1)
+    same(model_of(name), ids, attention_mask=(torch.arange(ids.shape[1]) >= 4).long()[None], accuracies=(0.9,))
+
+
+@pytest.mark.parametrize("overrides", [{}, {"tree_lookup_tokens": 6}, {"tree": "auto", "tree_lookup_tokens": None}])
+@pytest.mark.parametrize("name", ["bloom", "mistral"])
+def test_a_drafts_own_chains(name, overrides, prompt):
+    model = model_of(name)
+    draft, ids = fresh_draft(model, **overrides), torch.cat((prompt, prompt), dim=1)
+    for seed in range(4):
+        for settings in SETTINGS.values():
+            outcomes = []
+            for assistant in (None, draft):
+                torch.manual_seed(seed)
+                out = model.generate(
+                    ids, assistant_model=assistant, max_new_tokens=40, eos_token_id=[5, 9], pad_token_id=0, **settings
+                )
+                outcomes.append((out.tolist(), torch.get_rng_state().tolist()))
+            assert outcomes[0] == outcomes[1]
+
+
+def test_a_batch_runs_plain_and_says_so(prompt, monkeypatch):
+    said, model = [], model_of("bloom")
+    monkeypatch.setattr(hook.logger, "warning_once", said.append)
+    ids = prompt.repeat(2, 1)
+    arguments = {"max_new_tokens": 8, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    out = model.generate(ids, assistant_model=fresh_draft(model), **arguments)
+    assert out.tolist() == model.generate(ids, **arguments).tolist()
+    assert any("it verifies chains only, and this is a batch" in line for line in said)
+
+
+def test_a_pipeline(tokenizer):
+    model = model_of("bloom")
+    answers = []
+    for draft in (None, fresh_draft(model)):
+        pipe = pipeline("text-generation", model, tokenizer=tokenizer, assistant_model=draft)
+        torch.manual_seed(5)
+        answers.append(pipe("hello there", do_sample=True, top_k=0, max_new_tokens=16))
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", tiny.UNSUPPORTED)
+def test_what_can_verify_neither(name):
+    found = probe(tiny.build(name, "eager"))
+    assert found.reason is not None and not found.chains_only
