@@ -121,8 +121,7 @@ def test_stock_assistants_take_the_stock_path(llama, prompt, warnings_seen):
 def test_a_sabotaged_mask_is_caught_by_the_probe(prompt, monkeypatch):
     """The probe fails a model whose tree mask is not honoured: here, one that sees every node."""
     from fspad_hf.generation import tree
-    from fspad_hf.generation.probe import probe
-    from fspad_hf.generation.target import Target
+    from fspad_hf.generation.probe import _tried, probe
 
     monkeypatch.setattr(
         tree.CandidateTree,
@@ -131,5 +130,5 @@ def test_a_sabotaged_mask_is_caught_by_the_probe(prompt, monkeypatch):
     )
     found = probe(tiny.build("llama"))
     assert found.chains_only and found.reason is None  # which need no such mask
-    monkeypatch.setattr(Target, "chains_only", property(lambda self: False, lambda self, value: None), raising=False)
-    assert "came out wrong" in probe(tiny.build("llama")).reason
+    for use_twin in (True, False):
+        assert "a trial tree came out wrong" in _tried(tiny.build("llama"), use_twin, chains_only=False).reason
