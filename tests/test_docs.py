@@ -34,7 +34,7 @@ import fspad_hf_cli as cli
 from fspad_hf import demo_target
 from fspad_hf.generation import hook
 
-from . import tiny
+from . import tiny, tiny_vision
 from .conftest import fresh_draft
 from .conversion import reference
 from .training.test_processes import free_port
@@ -345,6 +345,8 @@ def test_support_lists_the_tested_architectures():
     assert re.findall(r"\w+", chains) == list(tiny.CHAINS)
     assert re.findall(r"\w+", speculates.split("| speculates |")[1]) == list(tiny.CONFIGS)
     assert re.findall(r"\w+", plain) == list(tiny.UNSUPPORTED)
+    (seeing,) = re.findall(r"\| with images \|(.*)\|", text)
+    assert re.findall(r"\w+", seeing) == list(tiny_vision.CONFIGS)
 
 
 def test_support_lists_every_rule_of_the_hook():

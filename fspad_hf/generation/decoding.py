@@ -251,11 +251,15 @@ def settings_of_call(
     return settings
 
 
-def _prompt_layout(input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.BoolTensor, list[int]]:
-    """Which prompt columns hold tokens, `[batch, prompt]`, and of each row a token's position id less its column."""
+def _prompt_layout(input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[torch.BoolTensor, list[list[int]]]:
+    """
+    Which prompt columns hold tokens, `[batch, prompt]`, and of each row the next token's position ids (several for a
+    model with multimodal rotary positions) less its column.
+    """
     mask = model_kwargs.get("attention_mask")
     prefix = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
     positions, last = model_kwargs.get("position_ids"), input_ids.shape[1] - 1
     if positions is None:
-        return prefix, [0] * len(input_ids)
-    return prefix, [position - last for position in positions[:, -1].expand(len(input_ids)).tolist()]
+        return prefix, [[0]] * len(input_ids)
+    ends = positions.view(-1, *positions.shape[-2:])[..., -1].expand(-1, len(input_ids)) - last  # [kinds, batch]
+    return prefix, ends.T.tolist()

@@ -1,6 +1,7 @@
 """The one place that patches transformers, and the rules by which a call falls back to plain decoding."""
 
 import functools
+import inspect
 import os
 
 import torch
@@ -206,7 +207,10 @@ def why_not(
 ) -> str | None:
     """The reason why this call cannot be speculated, or `None`; completes "... because"."""
     cache = model_kwargs.get(CACHE)
-    unknown = sorted(k for k, v in model_kwargs.items() if k not in KNOWN_MODEL_KWARGS and v is not None and v != {})
+    unknown = sorted(
+        k for k, v in model_kwargs.items()
+        if k not in KNOWN_MODEL_KWARGS and v is not None and v != {} and not _is_read_once(model, k)
+    )  # fmt: skip
     extras = any(getattr(generation_config, k) or model_kwargs.get(k) for k in EXTRA_OUTPUTS)
     overridden = [
         name
@@ -240,7 +244,8 @@ def why_not(
         "the cache passed in holds the whole prompt": bool(layers)
         and not kinds
         and cache.get_seq_length() >= input_ids.shape[1],
-        "of the shape of position_ids": positions is not None and positions.dim() != 2,
+        "of the shape of position_ids": positions is not None
+        and (positions.dim() not in (2, 3) or positions.shape[-1] != input_ids.shape[1]),
         "of the shape of attention_mask": mask is not None and mask.shape != input_ids.shape,
         "a prompt is nothing but padding": mask is not None and not mask.any(1).all(),
     }
@@ -274,6 +279,15 @@ def _rules_of_batches(
         f"a batch is sampled on {input_ids.device.type}": generation_config.do_sample
         and default_generator(input_ids.device) is None,
     }
+
+
+def _is_read_once(model: PreTrainedModel, name: str) -> bool:
+    """Whether an input (of images, of kinds of tokens) is the prefill's alone: no text decoder is given it."""
+    decoder = model.get_decoder()
+    if model.config.get_text_config() is model.config or decoder in (model, None):
+        return False
+    takes, decodes = (inspect.signature(one.forward).parameters for one in (model, decoder))
+    return name in takes and name not in decodes
 
 
 def _turns_longrope(model: PreTrainedModel, input_ids: torch.LongTensor, generation_config) -> bool:

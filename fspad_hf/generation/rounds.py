@@ -41,7 +41,7 @@ class Rounds:
         cache: the host's, prefilled.
         features (`[batch, new, hidden]`): of the prompt, less what the cache held before.
         prompt (`[batch, prompt]`): False on padding.
-        offsets: of each sequence, a token's position id less its column.
+        offsets: of each sequence, a token's position ids less its column.
         on_round: called before each round's first token with the tree; of a single sequence.
         cache_is_wanted: the host's cache is to hold everything in the end; else it is emptied.
         graphs: of the call, if there are any.
@@ -56,7 +56,7 @@ class Rounds:
         cache: DynamicCache,
         features: torch.Tensor,
         prompt: torch.BoolTensor,
-        offsets: Sequence[int],
+        offsets: Sequence[Sequence[int]],
         on_round: Callable[[CandidateTree], None] | None = None,
         cache_is_wanted: bool = True,
         graphs: Graphs | None = None,
@@ -115,7 +115,7 @@ class Rounds:
         depth, lookup = shape.depth, shape.lookup
         for emitter, offset in zip(self.emitters, self.offsets, strict=True):
             if not emitter.finished:
-                here = emitter.length, offset, max_length, self.target.text_config
+                here = emitter.length, max(offset), max_length, self.target.text_config
                 depth, lookup = depth_limit(depth, *here), depth_limit(lookup, *here)
         return shape._replace(depth=depth, lookup=lookup)
 
@@ -174,9 +174,10 @@ class Rounds:
             length, new, chain = self.arena.lengths[row], tokens[row], list(chains[row]) if chains else []
             here = emitter.emitted[-1], self.drafter.cache.lengths[row], len(new), len(chain), length
             padding = [0] * (read - len(new)), [0] * (looked_up - len(chain))
-            rows.append([*here, length + self.offsets[row], *firsts[row], *new, *padding[0], *chain, *padding[1]])
+            positions = [length + offset for offset in self.offsets[row]]
+            rows.append([*here, *positions, *firsts[row], *new, *padding[0], *chain, *padding[1]])
         numbers = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        sizes = 1, 1, 1, 1, 1, 1, len(firsts[0]), read, looked_up
+        sizes = 1, 1, 1, 1, 1, len(self.offsets[0]), len(firsts[0]), read, looked_up
         counts = [len(new) for new in tokens]
         return Told(
             shape, levels, captured, ahead, numbers, sizes, counts, features, noise, coupled and noise is not None
@@ -256,10 +257,10 @@ class Rounds:
         """Logits and features at every node, and, where nothing of the user's has a say in it, the walk."""
 
         def step(numbers, shown, noise, *parts):
-            _, _, _, _, length, position, firsts, *_ = numbers.split(told.sizes, dim=1)
+            _, _, _, _, length, positions, firsts, *_ = numbers.split(told.sizes, dim=1)
             tree, arena = CandidateTree(*parts), self.arena
             arena.place(length, arena.longest + len(tree), firsts)
-            logits, features = self.target.verify(tree, arena, shown, position)
+            logits, features = self.target.verify(tree, arena, shown, positions)
             walked = None
             if told.ahead:
                 walked = walk_ahead(tree, logits, self.emitters[0].logits_processor, noise, told.levels)
@@ -345,7 +346,7 @@ class Told:
         captured: the steps may be graphs.
         ahead: the walk is made on the device.
         numbers (`[batch, ...]`): the root's token, the pairs that the draft has read, how many it reads now, how many
-            tokens were looked up, the target's length, the root's position id, the first columns of sliding layers,
+            tokens were looked up, the target's length, the root's position ids, the first columns of sliding layers,
             the tokens to read, those looked up; as wide as `sizes` say.
         counts: of each sequence the pairs that the draft reads now.
         features (`[batch, new, hidden]`): of these pairs.

@@ -101,7 +101,8 @@ class Target:
         Args:
             cache: holds the tokens before the roots; the nodes' rows go where it was told to place them.
             shown (`[batch, positions]`): False on padding.
-            positions (`[batch, 1]`): the roots' position ids.
+            positions (`[batch, kinds]`): the roots' position ids. A model with several kinds of them, for multimodal
+                rotary embeddings, is given `[kinds, batch, nodes]`.
 
         Returns:
             logits (`[batch, nodes, vocabulary]`) and features (`[batch, nodes, hidden]`).
@@ -112,7 +113,8 @@ class Target:
         else:
             inputs["attention_mask"] = self._mask(tree, shown, cache)
         if self._takes_positions:
-            inputs["position_ids"] = positions + tree.depths
+            places = positions.T[..., None] + tree.depths
+            inputs["position_ids"] = places if len(places) > 1 else places[0]
         if not self.use_hook:
             inputs["output_hidden_states"] = True
         with self._armed() as caught, label("forward"):
