@@ -402,7 +402,7 @@ def test_a_step_copies_nothing_between_host_and_device(name, lookup):
         return steps[-1]
 
     graphs.run = run
-    rounds = Rounds(target, generator, [emitter], queue, cache, features, prompt, [0], graphs=graphs)
+    rounds = Rounds(target, generator, [emitter], queue, cache, features, prompt, [[0]], graphs=graphs)
     rounds.can_walk_ahead = True
     generator.draft, generator._network = draft, draft  # no copy of what is on no device
     with target.listening(), torch.no_grad():
