@@ -152,12 +152,13 @@ def tree_decoding(
                 together.publish()
         if rounds is not None and batch > 1 and rounds.cache_is_wanted:
             rounds.settle(padding_of(generation_config))
-        if lengths[0] and batch == 1 and prompt.all() and rounds.graphs is None:
+        if lengths[0] and batch == 1 and prompt.all() and rounds.cache_is_wanted and rounds.graphs is None:
             state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.unread[0])
             continuation.keep(prefill_cache, draft, state)
 
     if streamer is not None:
         streamer.end()
+    lengths = [_within(own, len(emitter.emitted) - 1) for own, emitter in zip(lengths, emitters, strict=True)]
     sequences = emitters[0].input_ids if together is None else together.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
@@ -168,6 +169,15 @@ def tree_decoding(
         speculation=SpeculationRecord.of(lengths),
         **{CACHE: prefill_cache},
     )
+
+
+def _within(lengths: list[int], tokens: int) -> list[int]:
+    """Accepted lengths of the first so many tokens; a sequence may have been ended at an earlier one than its last."""
+    kept: list[int] = []
+    for length in lengths:
+        if (left := tokens - sum(kept)) > 0:
+            kept.append(min(length, left))
+    return kept
 
 
 class Lockstep:

@@ -48,11 +48,6 @@ class TreeShape(NamedTuple):
         """Whether a tree of such a depth and width can have all of its nodes."""
         return self.total_nodes <= self.top_k + (self.depth - 1) * self.top_k**2
 
-    @property
-    def levels(self) -> int:
-        """The most nodes below the root that a path can have."""
-        return max(min(self.depth, self.total_nodes), self.lookup)
-
 
 PLAIN = TreeShape(0, 0, 0)  # a plain step
 
@@ -82,10 +77,6 @@ class CandidateTree:
 
     def __len__(self) -> int:
         return self.tokens.shape[1]
-
-    def to(self, device: torch.device) -> "CandidateTree":
-        scores = None if self.scores is None else self.scores.to(device)
-        return CandidateTree(self.tokens.to(device), self.parents.to(device), self.depths.to(device), scores)
 
     def clone(self) -> "CandidateTree":
         scores = None if self.scores is None else self.scores.clone()

@@ -94,13 +94,13 @@ class NoiseQueue:
 
     def draw(self, probabilities: torch.Tensor, sequence: int = 0) -> torch.LongTensor:
         """`torch.multinomial(probabilities, 1)[:, 0]`, tokens and generator alike; `[1, V]` in, `[1]` out."""
-        sound = _is_distribution(probabilities)
+        valid = _is_distribution(probabilities)
         if self.shape[0] > 1 and self.coupled and not self.is_ahead(sequence):
             self._draw_ahead(1)  # a walk goes on beyond what was drafted by one
         row = None
         if self.is_ahead(sequence):
             row = self._blocks[self._steps[sequence] - self._first][0][sequence : sequence + 1]
-        if row is None or not _is_like(probabilities, row) or not sound:
+        if row is None or not _is_like(probabilities, row) or not valid:
             self._blocks.clear()  # multinomial draws, or raises, as plain sampling does
             token = torch.multinomial(probabilities, num_samples=1).squeeze(1)
             if self.coupled:
@@ -361,19 +361,19 @@ def walk_ahead(
     Returns:
         What [`walk`] returns; no token counts where a draw's distribution was none.
     """
-    rows, sound = torch.arange(len(logits), device=logits.device), torch.ones_like(logits[:, 0, 0], dtype=torch.bool)
+    rows, valid = torch.arange(len(logits), device=logits.device), torch.ones_like(logits[:, 0, 0], dtype=torch.bool)
 
     def draw(level: int, nodes: torch.LongTensor, going: torch.BoolTensor) -> torch.LongTensor:
-        nonlocal sound
+        nonlocal valid
         scores = warpers(None, fresh_row(logits[rows, nodes]))
         if noise is None:
             return torch.argmax(scores, dim=-1)
         probabilities = torch.nn.functional.softmax(scores, dim=-1)
-        sound = sound & (_is_distribution(probabilities) | ~going)
+        valid = valid & (_is_distribution(probabilities) | ~going)
         return race(probabilities, noise[level])
 
     walked = walk(tree, draw, levels)
-    return torch.where(sound[:, None], walked, 0)
+    return torch.where(valid[:, None], walked, 0)
 
 
 def walk_and_emit(

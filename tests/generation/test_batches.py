@@ -272,16 +272,23 @@ def test_criteria_that_see_all_sequences(name, mode, oracle, monkeypatch):
     assert max(cuts) > 0  # some had
 
 
-def test_a_judged_batch_gives_plain_decodings_cache_back(llama):
+def test_a_judged_batch_gives_plain_decodings_cache_back(llama, oracle):
     draft, (ids, mask) = fresh_draft(llama), ragged((6, 9, 4))
     arguments = {"attention_mask": mask, "max_new_tokens": 24, "pad_token_id": 0, "eos_token_id": [5, 9]}
-    plain, ours = (
-        llama.generate(
-            ids, assistant_model=one, stopping_criteria=[Judge()], return_dict_in_generate=True, **arguments
+    judge = Judge()
+    plain = llama.generate(ids, stopping_criteria=[judge], return_dict_in_generate=True, **arguments)
+    texts = [[*row[9 - length :], *[3] * 9] for row, length in zip(plain.sequences.tolist(), (6, 9, 4), strict=True)]
+    oracle(texts, 0.9, 64)
+    arguments |= {"assistant_model": draft, "return_dict_in_generate": True}
+    ours = llama.generate(ids, stopping_criteria=[Judge()], **arguments)
+    assert plain.sequences.tolist() == ours.sequences.tolist()
+    steps = torch.tensor(judge.seen[-1])[:, ids.shape[1] :]
+    for row, record in enumerate(ours.speculation.sequences):  # what was thrown away does not count
+        done = ((steps[row] + steps[row - 1] + torch.arange(1, steps.shape[1] + 1)) % 23 == 0) | torch.isin(
+            steps[row], torch.tensor([5, 9])
         )
-        for one in (None, draft)
-    )
-    assert plain.sequences.tolist() == ours.sequences.tolist() and ours.speculation is not None
+        ended = int(done.nonzero()[0]) + 1 if done.any() else steps.shape[1]
+        assert sum(record.accepted_lengths) == ended - 1
     for theirs, mine in zip(plain[CACHE].layers, ours[CACHE].layers, strict=True):
         real = torch.cat((mask, torch.ones(3, theirs.keys.shape[2] - mask.shape[1])), dim=1).bool()
         assert (theirs.keys - mine.keys).abs().amax((1, 3))[real].max() < 1e-4

@@ -1,5 +1,7 @@
 """Targets that verify chains and no trees: plain `generate`'s tokens all the same."""
 
+import functools
+
 import pytest
 import torch
 from transformers import AttentionInterface, pipeline
@@ -61,6 +63,24 @@ def test_the_same_tokens(name, mode, same, prompt):
     draft = fresh_draft(model, tree_depth=5, tree_top_k=4, tree_total_nodes=30)
     _, fast = same(model, prompt, draft=draft, **SETTINGS[mode])
     assert max(fast.speculation.accepted_lengths) == 6
+
+
+def test_masks_that_the_model_makes_itself(same, prompt):
+    """Of layers whose first positions are gone, too."""
+    model = tiny.build("mistral", "eager")
+    kind = type(model)
+
+    class OwnMasks(kind):
+        @functools.wraps(kind.forward)
+        def forward(self, *args, attention_mask=None, **kwargs):
+            if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
+                raise ValueError("no masks but 2-D ones here")
+            return kind.forward(self, *args, attention_mask=attention_mask, **kwargs)
+
+    OwnMasks.__module__ = kind.__module__
+    model.__class__ = OwnMasks
+    assert probe(model).chains_only
+    same(model, prompt, accuracies=(0.9,))
 
 
 @pytest.mark.parametrize("name", NAMES)
