@@ -4,12 +4,28 @@ import inspect
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import Cache, GenerationMixin, PreTrainedModel, cache_utils
 
 # The name under which models take and return their cache: "cache" from 5.24 on.
 CACHE = "past_key_values"
 if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters:
     CACHE = "cache"
+
+
+# The layers of a cache that rounds know how to go on from: keys and values, windows of them, recurrent states, or none.
+LAYERS = tuple(
+    getattr(cache_utils, name)
+    for name in (
+        "DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "LinearAttentionAndFullAttentionLayer",
+        "LinearAttentionAndSlidingWindowAttentionLayer", "DummyLayer",
+    )
+    if hasattr(cache_utils, name)
+)  # fmt: skip
+
+
+def length_of(cache: Cache | None) -> int:
+    """The tokens that a cache holds; 0 also where it has nothing but recurrent states, which do not count them."""
+    return 0 if cache is None or all(cache.is_linear) else cache.get_seq_length()
 
 
 def note_commit(model: PreTrainedModel) -> PreTrainedModel:

@@ -101,12 +101,12 @@ class ArenaCache(Cache):
         cls, cache: DynamicCache, capacity: int = 0, spare: int = 0, in_its_place: bool = False
     ) -> "ArenaCache":
         """A copy of a prefilled `DynamicCache`, see [`~ArenaCache.load`]."""
-        layers = [layer for layer in cache.layers if layer.is_initialized]
+        layers = [layer for layer in cache.layers if layer.keys is not None]
         arena = cls(len(cache.layers), len(layers[0].keys) if layers else 1, capacity, spare)
         groups: dict[tuple, list[int]] = {}
         for index, layer in enumerate(cache.layers):
             arena.layers[index].window = window = getattr(layer, "sliding_window", None)
-            if layer.is_initialized:
+            if layer.keys is not None:
                 keys, values = layer.keys, layer.values
                 shape = (keys.shape[:2], keys.shape[3], values.shape[3], keys.dtype, keys.device, window)
                 groups.setdefault(shape, []).append(index)
@@ -126,7 +126,7 @@ class ArenaCache(Cache):
         length = cache.get_seq_length()
         self.lengths, self._first = [length] * len(self.lengths), {}
         for mine, layer in zip(self.layers, cache.layers, strict=True):
-            if layer.is_initialized:
+            if layer.keys is not None:
                 held = layer.keys.shape[-2]
                 if mine.window is not None:
                     self._first[mine.window] = [length - held] * len(self.lengths)
@@ -147,6 +147,18 @@ class ArenaCache(Cache):
     def is_inference(self) -> bool:
         """Whether it was made in inference mode, so that nothing can be written to it outside."""
         return any(group.keys.is_inference() for group in self._groups)
+
+    def begin(self, tokens: torch.LongTensor) -> tuple[Cache, torch.LongTensor]:
+        """What a forward over `tokens` (`[batch, rows]`) is given: the cache, and the tokens that it reads for it."""
+        return self, tokens
+
+    @property
+    def rows_again(self) -> int:
+        """The rows by which these are more, of tokens that were read before."""
+        return 0
+
+    def forget_pending(self) -> None:
+        """Holds no more than what need not be read again."""
 
     # where a forward's rows go
 
@@ -268,11 +280,11 @@ class ArenaCache(Cache):
     # padding that is not a number
 
     def watch_padding(self) -> None:
-        """See [`~ArenaCache.is_broken`]."""
+        """See [`~ArenaCache.needs_plain_step`]."""
         self._broken = [layer for layer in self.layers if layer.is_initialized and layer.window]
 
     @property
-    def is_broken(self) -> bool:
+    def needs_plain_step(self) -> bool:
         """
         Whether a sliding layer's window holds a key or value that is not a number, as padding may leave them. A mask
         does not hide these, for 0 times NaN is NaN; plain decoding is rid of them once they leave the window.

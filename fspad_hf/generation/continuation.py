@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from ..host import length_of
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import common_prefix
 from .cache import ArenaCache
@@ -50,7 +51,7 @@ def take(cache: Cache | None, draft: FSPADDraftModel, input_ids: torch.LongTenso
     What the draft has read of the tokens that `cache` holds, cut to those; `None` if that is not known or not all. A
     draft may then read the rest alone: it guesses worse for a while.
     """
-    length = 0 if cache is None else cache.get_seq_length()
+    length = length_of(cache)
     state = _read.of(cache).pop(weakref.ref(draft), None) if length else None
     if state is None or (state.cache.is_inference and not torch.is_inference_mode_enabled()):
         return None

@@ -142,7 +142,7 @@ def tree_decoding(
         while not all(emitter.finished for emitter in emitters):
             found = [lookup.continuation(settings.tree_lookup_tokens) for lookup in rounds.lookups]
             here, most = rounds.emitters, max(found, key=lambda one: (len(one.tokens), one.match))
-            shape = rounds.limit(trees.choose(most), generation_config.max_length)
+            shape = rounds.limit(trees.choose(most, rounds.arena.rows_again), generation_config.max_length)
             tree, paths = rounds.run(shape, [one.tokens[: shape.lookup] for one in found], costs)
             for row, (emitter, path) in enumerate(zip(here, paths, strict=True)):
                 if path:
@@ -150,7 +150,7 @@ def tree_decoding(
                     lengths[emitter.sequence].append(len(path))
             if together is not None:
                 together.publish()
-        if rounds is not None and batch > 1 and rounds.cache_is_wanted:
+        if rounds is not None and rounds.cache_is_wanted:
             rounds.settle(padding_of(generation_config))
         if lengths[0] and batch == 1 and prompt.all() and rounds.cache_is_wanted and rounds.graphs is None:
             state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.unread[0])

@@ -6,12 +6,12 @@ import os
 
 import torch
 from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, pipelines
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLayer
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import logging
 
 from ..configuration_fspad import FSPADConfig
-from ..host import CACHE
+from ..host import CACHE, LAYERS, length_of
 from ..modeling_fspad import FSPADDraftModel, layer_width
 from ..runtime import quiet_transformers
 from .decoding import FSPADGenerateOutput, tree_decoding
@@ -219,7 +219,7 @@ def why_not(
     ]
     positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     layers = cache.layers if type(cache) is DynamicCache else []
-    kinds = sorted({type(x).__name__ for x in layers if type(x) not in (DynamicLayer, DynamicSlidingWindowLayer)})
+    kinds = sorted({type(x).__name__ for x in layers if type(x) not in LAYERS})
     rules = {
         "it is an encoder-decoder model": model.config.is_encoder_decoder,
         "the prompt is empty": input_ids.shape[1] == 0,
@@ -243,7 +243,7 @@ def why_not(
         f"its cache has {kinds} layers": bool(kinds),
         "the cache passed in holds the whole prompt": bool(layers)
         and not kinds
-        and cache.get_seq_length() >= input_ids.shape[1],
+        and length_of(cache) >= input_ids.shape[1],
         "of the shape of position_ids": positions is not None
         and (positions.dim() not in (2, 3) or positions.shape[-1] != input_ids.shape[1]),
         "of the shape of attention_mask": mask is not None and mask.shape != input_ids.shape,

@@ -12,11 +12,11 @@ from transformers.cache_utils import DynamicCache
 from ..host import CACHE
 from .cache import ArenaCache
 from .remembered import Remembered
+from .stateful import StatefulCache, is_stateful
 from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
 from .twin import can_have_twin
 
-ATTENTION = ("attention", "full_attention", "sliding_attention")  # kinds of layers
 TOLERANCE = 0.2  # of what a causal mask in the tree's place would change
 
 
@@ -87,13 +87,13 @@ class _NoDraws(TorchDispatchMode):
 
 def _probe(model: PreTrainedModel) -> ProbeResult:
     """A tree, by a twin if that works, or else by the model itself; or else a chain."""
-    kinds = model.config.get_text_config()
-    kinds = {kind for kind in getattr(kinds, "layer_types", None) or () if kind not in ATTENTION}
-    if kinds:
-        return ProbeResult(f"its layers include {sorted(kinds)[0]!r}")
+    try:
+        stateful = is_stateful(DynamicCache(config=model.config.get_text_config()))
+    except Exception as error:
+        return ProbeResult(f"no DynamicCache can be made for it ({type(error).__name__}: {error})")
     twins, why = can_have_twin(model) and not is_compiled(model) and not foreign_hooks(model), None
-    for use_twin, chains_only in ((True, False), (False, False), (False, True)):
-        if use_twin and not twins:
+    for use_twin, chains_only in ((True, False), (False, False), (True, True), (False, True)):
+        if (use_twin and not twins) or (stateful and not chains_only):
             continue
         try:
             found = _tried(model, use_twin, chains_only)
@@ -103,7 +103,8 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
             return ProbeResult("its forward draws random numbers")
         except Exception as error:
             message = str(error).strip() or "no message"
-            found = ProbeResult(f"{type(error).__name__} on a trial tree: {message.splitlines()[0]}")
+            trial = "chain" if chains_only else "tree"
+            found = ProbeResult(f"{type(error).__name__} on a trial {trial}: {message.splitlines()[0]}")
         if found.reason is None:
             return found
         why = found if why is None or not chains_only else why
@@ -141,19 +142,29 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeRe
 
     tree = CandidateTree(nodes, nodes.new_tensor([[0, 0, 0, 2]] * 2), nodes.new_tensor([[0, 1, 1, 2]] * 2))
     if chains_only:
-        steps = torch.arange(3, device=ids.device).expand(2, -1)
-        tree = CandidateTree(nodes.gather(1, paths), (steps - 1).clamp(min=0), steps)
-    arena, root = ArenaCache.from_dynamic(outputs[CACHE]), torch.full_like(prompt[:, :1], prompt.shape[1])
-    arena.place(root, prompt.shape[1] + len(tree))
-    with watched(), target.listening():
-        logits, _ = target.verify(tree, arena, torch.ones_like(ids, dtype=torch.bool), root)
+        tree = CandidateTree.chain(nodes.gather(1, paths))
+    if is_stateful(outputs[CACHE]):  # of one sequence: a chain to go back from, and the rest of the other path
+        arena = StatefulCache(_HostSteps(model, prompt[:1], use_hook).step(prompt[:1])[CACHE], prompt.shape[1])
+        trials, logits = [tree.of(0), CandidateTree.chain(tree.tokens[1:, 1:])], []
+    else:
+        arena, trials, logits = ArenaCache.from_dynamic(outputs[CACHE]), [tree], []
+    for trial in trials:
+        root = arena.behind(ids.device)
+        arena.place(root, arena.longest + len(trial))
+        with watched(), target.listening():
+            logits.append(target.verify(trial, arena, torch.ones_like(ids[: len(root)], dtype=torch.bool), root)[0])
+        arena.keep([[0]] * len(root))
     with watched():  # which takes time: of each kind of forward it sees one
         steps = [host.logits(nodes[:, :1])]
     steps += [host.logits(nodes.gather(1, paths[:, [at]])) for at in (1, 2)]
     (start, _), (first, second), (causal, child) = steps
-    found, truth = logits[0].float(), torch.stack((start, first, second, child))
-    if chains_only:
-        found, truth = logits.float().flatten(0, 1), torch.stack((start, first, causal, start, second, child))
+    if len(trials) > 1:
+        truth = torch.stack((start, first, causal, second, child))
+    elif chains_only:
+        truth = torch.stack((start, first, causal, start, second, child))
+    else:
+        logits, truth = [logits[0][:1]], torch.stack((start, first, second, child))
+    found = torch.cat([part.float().flatten(0, 1) for part in logits])
     error, scale = (found - truth).abs().max(), (causal - second).abs().max()
     if not error <= TOLERANCE * scale:
         what = "chain" if chains_only else "tree"

@@ -18,6 +18,7 @@ from .costs import RoundCosts, Stopwatch
 from .drafting import STATIC_WARPERS, Drafter, latest
 from .graphs import CAPTURABLE_WARPERS, Graphs
 from .lookup import PromptLookup
+from .stateful import StatefulCache, is_stateful
 from .target import Target
 from .tree import PLAIN, CandidateTree, TreeShape
 from .verification import NoiseQueue, TokenEmitter, emit_drawn, settings_of, walk_ahead, walk_and_emit
@@ -64,7 +65,10 @@ class Rounds:
         self.target, self.drafter, self.emitters, self.noise = target, drafter, list(emitters), noise
         self.on_round, self.cache, self.cache_is_wanted, self.graphs = on_round, cache, cache_is_wanted, graphs
         self.offsets, self.shown, self.is_cut = list(offsets), prompt.to(target.device), False
-        if graphs is None:
+        self.arena: ArenaCache
+        if is_stateful(cache):
+            self.arena = StatefulCache(cache, prompt.shape[1])
+        elif graphs is None:
             self.arena = ArenaCache.from_dynamic(cache, in_its_place=not cache_is_wanted)
         else:
             bucket = graphs.begin(target, drafter, cache, not cache_is_wanted)
@@ -103,7 +107,7 @@ class Rounds:
 
     def limit(self, shape: TreeShape, max_length: int) -> TreeShape:
         """`shape`, no deeper than may be here for any sequence."""
-        if self.arena.is_broken:
+        if self.arena.needs_plain_step:
             return PLAIN
         limited = self._limited(shape, max_length)
         if self.graphs is not None:  # near `max_length` a tree of the usual shape costs less than new graphs would
@@ -135,7 +139,7 @@ class Rounds:
         """
         watch = None if costs is None else Stopwatch(self.target.device)
         told = self.tell(shape, chains)
-        tree = CandidateTree.root(told.numbers[:, :1])
+        tree = CandidateTree.chain(told.numbers[:, :1])
         if told.levels:
             tree = self.draft(told)
         if costs is not None:
@@ -144,7 +148,7 @@ class Rounds:
                 costs.add_draft(shape.depth, seconds)
         logits, features, walked = self.verify(told, tree)
         if costs is not None:
-            costs.add_forward(len(tree), watch.read())
+            costs.add_forward(self.arena.rows_again + len(tree), watch.read())
         if self.on_round is not None:
             self.on_round(tree.clone().trimmed())
         paths: list[list[int]] = [[] for _ in self.emitters]
@@ -236,7 +240,7 @@ class Rounds:
 
         def step(numbers, features, noise, *before):
             root, pairs, new, looked_up, _, _, _, tokens, chain = numbers.split(told.sizes, dim=1)
-            read, tree = FSPADDraftOutput(*before), CandidateTree.root(root)
+            read, tree = FSPADDraftOutput(*before), CandidateTree.chain(root)
             if told.shape.depth:
                 read = latest(self.drafter.read(features, tokens, pairs), new, read)
                 tree = self.drafter.grow(read, pairs + new, root, told.shape, noise)
@@ -319,7 +323,8 @@ class Rounds:
             setattr(self, name, [kept[row] for row in left])
 
     def settle(self, padding: int) -> None:
-        """In a batch, lets the cache hold what plain decoding leaves there: behind a sequence's end, padding."""
+        """Lets the cache hold what plain decoding leaves there: in a batch padding, behind a sequence's end."""
+        self.arena.forget_pending()
         longest, most = max(e.length for e in self.emitters), self.graphs.spare - 1 if self.graphs is not None else 64
         read = [min(n, e.length - 1) for n, e in zip(self.arena.lengths, self.emitters, strict=True)]
         self.arena.lengths = read  # of a sequence that was cut it has too much
@@ -327,10 +332,9 @@ class Rounds:
             told, trees = self.tell(PLAIN), []
             lacking = [min(longest - 1 - length, most) for length in read]
             for emitter, length, lacks in zip(self.emitters, read, lacking, strict=True):
-                first = emitter.emitted[-1] if length == emitter.length - 1 else padding
-                chain = told.numbers.new_tensor([[first] + [padding] * max(lacks - 1, 0)])
-                numbers = torch.arange(chain.shape[1], device=chain.device)[None]
-                trees.append(CandidateTree(chain, (numbers - 1).clamp(min=0), numbers))
+                text = emitter.input_ids[0, length : length + max(lacks, 1)].tolist()
+                chain = told.numbers.new_tensor([text + [padding] * (max(lacks, 1) - len(text))])
+                trees.append(CandidateTree.chain(chain))
             self.verify(replace(told, captured=False, ahead=False), CandidateTree.stacked(trees))
             self.arena.keep([list(range(lacks)) for lacks in lacking])
 

@@ -107,25 +107,30 @@ class Target:
         Returns:
             logits (`[batch, nodes, vocabulary]`) and features (`[batch, nodes, hidden]`).
         """
-        inputs = {"input_ids": tree.tokens, CACHE: cache, "use_cache": True, "return_dict": True}
+        held, tokens = cache.begin(tree.tokens)
+        inputs = {"input_ids": tokens, CACHE: held, "use_cache": True, "return_dict": True}
         if self.chains_only:
             inputs["attention_mask"] = shown[:, : cache.reach].long()
         else:
             inputs["attention_mask"] = self._mask(tree, shown, cache)
         if self._takes_positions:
-            places = positions.T[..., None] + tree.depths
+            steps, again = tree.depths, tokens.shape[1] - len(tree)
+            if again:
+                steps = torch.cat((torch.arange(-again, 0, device=steps.device).expand(len(steps), -1), steps), dim=1)
+            places = positions.T[..., None] + steps
             inputs["position_ids"] = places if len(places) > 1 else places[0]
         if not self.use_hook:
             inputs["output_hidden_states"] = True
         with self._armed() as caught, label("forward"):
             outputs = self.verifier(**inputs)
-        return outputs.logits, self._features(outputs, caught)
+        return outputs.logits[:, -len(tree) :], self._features(outputs, caught)[:, -len(tree) :]
 
     @property
     def verifier(self) -> PreTrainedModel:
         """What runs over trees: the model, or its twin."""
         if self._verifier is None:
-            self._verifier = twin(self.model, folded_config(self.model)) if self.use_twin else self.model
+            config = None if self.chains_only else folded_config(self.model)  # whose attention is given its masks
+            self._verifier = twin(self.model, config) if self.use_twin else self.model
         return self._verifier
 
     def draft_logits(self, features: torch.Tensor, ids: torch.LongTensor | None = None) -> torch.Tensor:

@@ -71,9 +71,10 @@ class CandidateTree:
     scores: torch.Tensor | None = None
 
     @classmethod
-    def root(cls, tokens: torch.LongTensor) -> "CandidateTree":
-        """A tree of nothing but its root; `tokens` is `[batch, 1]`."""
-        return cls(tokens, torch.zeros_like(tokens), torch.zeros_like(tokens))
+    def chain(cls, tokens: torch.LongTensor) -> "CandidateTree":
+        """Of each sequence the tokens (`[batch, nodes]`), each the child of the one before; the first is the root."""
+        numbers = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return cls(tokens, (numbers - 1).clamp(min=0), numbers)
 
     def __len__(self) -> int:
         return self.tokens.shape[1]

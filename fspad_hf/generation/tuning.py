@@ -31,7 +31,7 @@ class FixedTrees:
     def __init__(self, settings):
         self.shape = TreeShape.of(settings)
 
-    def choose(self, found: Found = NOTHING) -> TreeShape:
+    def choose(self, found: Found = NOTHING, again: int = 0) -> TreeShape:
         return self.shape.with_lookup(self.shape.lookup if found.tokens else 0)
 
     def observe(self, tree: CandidateTree, path: list[int], found: Found, emitted: Sequence[int]):
@@ -53,16 +53,18 @@ class TunedTrees:
         self._tokens = {s: sum(PRIOR**level for level in range(s.depth + 1)) for s in self.shapes}
         self._right = {match: 4 * chance for match, chance in LOOKED_UP.items()}  # of the tokens looked up
         self._checked = dict.fromkeys(LOOKED_UP, 4.0)
-        self._shape, self._plain, self._small, self._pause = PLAIN, 0, 0, FIRST_PAUSE
+        self._shape, self._plain, self._small, self._pause, self._again = PLAIN, 0, 0, FIRST_PAUSE, 0
         self._depth = 1  # of the deepest trees that are tried
 
-    def choose(self, found: Found = NOTHING) -> TreeShape:
+    def choose(self, found: Found = NOTHING, again: int = 0) -> TreeShape:
         """
         The next round's shape; without a depth and a lookup it is a plain step.
 
         Args:
             found: what the text itself offers.
+            again: rows of the forward for tokens that were read before.
         """
+        self._again = again
         tried = [shape for shape in self.shapes if shape.depth <= self._depth]
         best, largest = max(tried, key=self._speed), tried[-1]
         if best == PLAIN and self._plain >= self._pause:
@@ -127,7 +129,7 @@ class TunedTrees:
         for level in range(1, max(shape.depth, shape.lookup) + 1):
             missed = 1 - right**level if level <= shape.lookup else 1.0
             tokens += 1 - missed * (1 - likely**level)
-        return (tokens if shape.lookup else 1 + drafted) / max(self.costs.round(shape), 1e-9)
+        return (tokens if shape.lookup else 1 + drafted) / max(self.costs.round(shape, self._again), 1e-9)
 
 
 def trees_of(settings, costs: RoundCosts | None) -> FixedTrees | TunedTrees:

@@ -102,7 +102,7 @@ def simulate(
         found = lookup.continuation(drafter.settings.tree_lookup_tokens)
         chosen, root = fixed.choose(found), torch.tensor([[emitter.tokens[length - 1]]])
         if trees is None or not chosen.total_nodes:
-            tree = CandidateTree.root(root)
+            tree = CandidateTree.chain(root)
         else:
             tree = trees.best(root, length - grown.start, chosen.total_nodes).trimmed()
         if chain := found.tokens[: limit(length, chosen.lookup)]:

@@ -72,7 +72,7 @@ def test_grafting_adds_a_path_and_nothing_else(data, nodes, padded):
 
 
 def test_a_root_alone_can_be_grafted_on():
-    tree = CandidateTree.root(torch.tensor([[7]])).grafted(torch.tensor([[4, 5]]))
+    tree = CandidateTree.chain(torch.tensor([[7]])).grafted(torch.tensor([[4, 5]]))
     assert tree.scores is None and token_paths(tree) == {(), (4,), (4, 5)}
 
 

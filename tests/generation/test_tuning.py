@@ -199,7 +199,7 @@ def test_what_is_looked_up_is_weighed_against_what_is_drafted():
             shape = chosen.choose(found)
             assert shape.rows <= 32
             shapes.append(shape)
-            tree = CandidateTree.root(torch.tensor([[0]]))
+            tree = CandidateTree.chain(torch.tensor([[0]]))
             if shape.depth:
                 depth = min(drafted, shape.depth)
                 tree = straight(text[:depth] + [-2] * (shape.depth - depth))
@@ -223,7 +223,7 @@ def test_matches_of_each_length_are_judged_by_themselves():
         for match in (1, 3):
             chosen.choose(Found([1, 2, 3], match))
             chosen.observe(
-                CandidateTree.root(torch.tensor([[0]])), [0], Found([1, 2, 3], match), [1 if match > 1 else 9]
+                CandidateTree.chain(torch.tensor([[0]])), [0], Found([1, 2, 3], match), [1 if match > 1 else 9]
             )
     assert chosen.choose(Found([1, 2, 3], 1)).lookup == 0 < chosen.choose(Found([1, 2, 3], 3)).lookup
 
