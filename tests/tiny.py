@@ -61,8 +61,28 @@ CHAINS = {  # no tree, for want of positions or of a mask that could be one
     ),
 }  # fmt: skip
 
-UNSUPPORTED = {
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 8,
+}  # fmt: skip
+STATEFUL = {  # chains, for their states hold a text as a whole
     "lfm2": lambda: tf.Lfm2Config(**COMMON, layer_types=["full_attention", "conv"]),
+    "mamba2": lambda: tf.Mamba2Config(
+        vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, num_heads=8, head_dim=8, n_groups=2,
+        chunk_size=16, initializer_range=0.3, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    ),
+    "falcon_h1": lambda: tf.FalconH1Config(
+        **COMMON, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8, mamba_n_groups=1, head_dim=8,
+        mamba_chunk_size=16,
+    ),
+    "qwen3_5_text": lambda: tf.Qwen3_5TextConfig(**COMMON, **LINEAR),
+    "qwen3_next": lambda: tf.Qwen3NextConfig(
+        **COMMON, **LINEAR, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    ),
+}  # fmt: skip
+
+UNSUPPORTED = {
     "mamba": lambda: tf.MambaConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3
     ),
@@ -71,7 +91,7 @@ UNSUPPORTED = {
 
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random model in eval mode; the global generator is left where it was."""
-    config = (CONFIGS | CHAINS | UNSUPPORTED)[name]()
+    config = (CONFIGS | CHAINS | STATEFUL | UNSUPPORTED)[name]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)

@@ -133,6 +133,8 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeRe
         outputs = host.step(prompt)
     if use_hook and not caught:
         return ProbeResult("its decoder's output is out of reach of a forward hook")
+    if not isinstance(outputs.get(CACHE), DynamicCache):
+        return ProbeResult("its forward returns no DynamicCache")
     if outputs.logits.shape[-1] != text_config.vocab_size:
         return ProbeResult(f"its logits are {outputs.logits.shape[-1]} wide, its vocabulary {text_config.vocab_size}")
     features = target._features(outputs, caught)
