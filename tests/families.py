@@ -101,7 +101,6 @@ OWN = {  # what these need besides, or have only where it is asked for
         "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2,
     },
     "recurrent_gemma": {"block_types": ["recurrent", "attention"], "w_init_variance_scale": 2.0},
-    "rwkv": {"initializer_range": 0.3},
     "xlstm": {"hidden_size": 64, "embedding_dim": 64, "qk_dim_factor": 1.0},
     "zamba": {"num_hidden_layers": 4, "layers_block_type": [LINEAR, "hybrid"] * 2, "attention_hidden_size": 64,
               "attention_head_dim": 16, "num_key_value_heads": 4},
@@ -168,9 +167,9 @@ def build(model_type: str, attention: str | None = None, dtype: torch.dtype = to
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
-            for parameter in model.parameters():  # some families start biases and sinks at zero or garbage
-                if not torch.isfinite(parameter).all() or (parameter.dim() == 1 and not parameter.any()):
-                    torch.nn.init.normal_(parameter, std=0.1)
+            for parameter in model.parameters():  # what some families start at zero, next to it, or at garbage
+                if not torch.isfinite(parameter).all() or parameter.abs().max() < 0.01:
+                    torch.nn.init.normal_(parameter, std=0.1 if parameter.dim() == 1 else 0.3)
     except Exception as error:
         raise NotBuilt(f"{model_type}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
     return model.eval()

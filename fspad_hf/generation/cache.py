@@ -235,6 +235,34 @@ class ArenaCache(Cache):
                 _move(group.pair, padded, end, end)
         self.advance(counts)
 
+    def align(self) -> list[int]:
+        """
+        Lets all sequences end at the same position: the shorter ones begin later, behind zeros. Returns by how much, to
+        be taken back by [`~ArenaCache.unalign`].
+        """
+        shifts = [self.longest - length for length in self.lengths]
+        if any(shifts):
+            for group in self._groups:
+                width = self.longest - min(self._first.get(group.window, (0,)))
+                for layer in group.layers:  # one by one, for the sake of memory
+                    pair = layer.keys, layer.values
+                    _move(pair, torch.arange(width, device="cpu"), [-shift for shift in shifts], [0] * len(shifts))
+                    for row, shift in enumerate(shifts):
+                        layer.keys[row, :, :shift], layer.values[row, :, :shift] = 0, 0
+            self.advance(shifts)
+        return shifts
+
+    def unalign(self, shifts: Sequence[int]) -> None:
+        """Lets each sequence begin earlier by its shift."""
+        for group in self._groups:
+            if group.window not in self._first and any(shifts):
+                columns = torch.arange(self.longest - min(shifts), device="cpu")
+                for layer in group.layers:
+                    _move((layer.keys, layer.values), columns, list(shifts), [0] * len(shifts))
+        for window, first in self._first.items():
+            self._first[window] = [start - shift for start, shift in zip(first, shifts, strict=True)]
+        self.advance(-shift for shift in shifts)
+
     def _ends(self, window: int | None) -> list[int]:
         """Of each sequence the column behind what such a layer has."""
         first = self._first.get(window, [0] * len(self.lengths))
@@ -361,8 +389,9 @@ def _move(buffers: Sequence[torch.Tensor], paths: torch.LongTensor, source: list
     """
     sequences, steps = torch.arange(len(source), device="cpu")[:, None], torch.arange(paths.shape[-1], device="cpu")
     source, target = (torch.tensor(s, device="cpu")[:, None] + add for s, add in ((source, paths), (target, steps)))
+    last = buffers[0].shape[-2] - 1
     for device in {buffer.device for buffer in buffers}:
-        to, rows, origin = (index.to(device) for index in (target, sequences, source))
+        to, rows, origin = (index.to(device) for index in (target, sequences, source.clamp(0, last)))
         for buffer in buffers:
             if buffer.device == device:
                 buffer[..., rows, :, to, :] = buffer[..., rows, :, origin, :]

@@ -107,7 +107,7 @@ def tree_decoding(
         settings.tree_top_k, settings.tree_total_nodes = 1, settings.tree_depth
         if settings.tree_lookup_tokens:
             settings.tree_lookup_tokens = max(settings.tree_lookup_tokens, settings.tree_depth)
-    drafter = Drafter(draft, target, logits_processor, settings, batch)
+    drafter, extras = Drafter(draft, target, logits_processor, settings, batch), ForwardOutputs(generation_config)
     lengths: list[list[int]] = [[] for _ in emitters]
     together = None
     if batch > 1:
@@ -118,19 +118,20 @@ def tree_decoding(
         stack.enter_context(counted_call())
         stack.enter_context(target.listening())
         outputs, features = target.prefill(input_ids, generation_config, model_kwargs)
-        prefill_cache = outputs[CACHE]
+        prefill_cache, target.extras = outputs[CACHE], tuple(extras.of_tokens)
+        extras.add_prefill(outputs)
         for row, emitter in enumerate(emitters):
             emitter.emit(outputs.logits[row : row + 1, -1])
         del outputs
         rounds = None
         if not all(emitter.finished for emitter in emitters):
             prompt, offsets = _prompt_layout(input_ids, model_kwargs)
+            graphs = None if target.extras else graphs_of(target, drafter, features.dtype, batch)
             on_round = getattr(streamer, "on_round", None) if batch == 1 else None
             wanted = generation_config.return_dict_in_generate or getattr(prefill_cache, "_is_user_defined", False)
             rounds = Rounds(
-                target, drafter, emitters, noise, prefill_cache, features, prompt, offsets, on_round, bool(wanted),
-                graphs_of(target, drafter, features.dtype, batch),
-            )  # fmt: skip
+                target, drafter, emitters, noise, prefill_cache, features, prompt, offsets, on_round, bool(wanted), graphs
+            )
             stack.callback(rounds.close)
             if read is not None:
                 rounds.go_on(read)
@@ -143,16 +144,18 @@ def tree_decoding(
             found = [lookup.continuation(settings.tree_lookup_tokens) for lookup in rounds.lookups]
             here, most = rounds.emitters, max(found, key=lambda one: (len(one.tokens), one.match))
             shape = rounds.limit(trees.choose(most, rounds.arena.rows_again), generation_config.max_length)
+            before = rounds.arena.longest
             tree, paths = rounds.run(shape, [one.tokens[: shape.lookup] for one in found], costs)
             for row, (emitter, path) in enumerate(zip(here, paths, strict=True)):
                 if path:
                     trees.observe(tree.of(row), path, found[row], emitter.emitted[-len(path) :])
                     lengths[emitter.sequence].append(len(path))
+                    extras.add(target.outputs, len(tree), path, before)
             if together is not None:
                 together.publish()
         if rounds is not None and rounds.cache_is_wanted:
             rounds.settle(padding_of(generation_config))
-        if lengths[0] and batch == 1 and prompt.all() and rounds.cache_is_wanted and rounds.graphs is None:
+        if lengths[0] and batch == 1 and prompt.all() and not rounds.hidden and rounds.cache_is_wanted and rounds.graphs is None:
             state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.unread[0])
             continuation.keep(prefill_cache, draft, state)
 
@@ -166,6 +169,7 @@ def tree_decoding(
         sequences=sequences,
         scores=emitters[0].scores,
         logits=emitters[0].raw_logits,
+        **extras.of_tokens,
         speculation=SpeculationRecord.of(lengths),
         **{CACHE: prefill_cache},
     )
@@ -178,6 +182,40 @@ def _within(lengths: list[int], tokens: int) -> list[int]:
         if (left := tokens - sum(kept)) > 0:
             kept.append(min(length, left))
     return kept
+
+
+class ForwardOutputs:
+    """
+    `output_hidden_states` and `output_attentions`: what the forwards of plain decoding return, token by token.
+
+    `of_tokens` has what was asked for, by name: of the first token what the prefill returned, of each other token for
+    each layer `[1, 1, hidden]`, or `[1, heads, 1, positions]`.
+    """
+
+    def __init__(self, generation_config):
+        names = [name for name in ("hidden_states", "attentions") if getattr(generation_config, f"output_{name}")]
+        self.of_tokens = {name: () for name in names if generation_config.return_dict_in_generate}
+
+    def add_prefill(self, outputs) -> None:
+        for name in self.of_tokens:
+            self.of_tokens[name] += (outputs[name],)
+
+    def add(self, outputs, nodes: int, path: list[int], length: int) -> None:
+        """
+        Of the tokens drawn along a path.
+
+        Args:
+            outputs: of a verification whose last rows are the `nodes` of a tree.
+            length: positions before the root.
+        """
+        for name in self.of_tokens:
+            layers = outputs[name]
+            for step, node in enumerate(path):
+                row, columns = node - nodes, [*range(length), *(length + n for n in path[: step + 1])]
+                parts = (None if x is None else x[..., [row], :] for x in layers)
+                if name == "attentions":
+                    parts = (None if x is None else x[..., columns] for x in parts)
+                self.of_tokens[name] += (tuple(parts),)
 
 
 class Lockstep:
@@ -266,10 +304,16 @@ def _prompt_layout(input_ids: torch.LongTensor, model_kwargs: dict) -> tuple[tor
     Which prompt columns hold tokens, `[batch, prompt]`, and of each row the next token's position ids (several for a
     model with multimodal rotary positions) less its column.
     """
-    mask = model_kwargs.get("attention_mask")
-    prefix = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask.bool()
-    positions, last = model_kwargs.get("position_ids"), input_ids.shape[1] - 1
+    mask, columns = model_kwargs.get("attention_mask"), prompt_columns(input_ids, model_kwargs)
+    prefix = input_ids.new_ones(len(input_ids), columns, dtype=torch.bool) if mask is None else mask.bool()
+    positions, last = model_kwargs.get("position_ids"), columns - 1
     if positions is None:
         return prefix, [[0]] * len(input_ids)
     ends = positions.view(-1, *positions.shape[-2:])[..., -1].expand(-1, len(input_ids)) - last  # [kinds, batch]
     return prefix, ends.T.tolist()
+
+
+def prompt_columns(input_ids: torch.LongTensor, model_kwargs: dict) -> int:
+    """The prompt's tokens, padding included; there may be embeddings of all of them, and no ids."""
+    embeddings = model_kwargs.get("inputs_embeds")
+    return input_ids.shape[1] if embeddings is None else max(input_ids.shape[1], embeddings.shape[1])

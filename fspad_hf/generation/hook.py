@@ -14,9 +14,10 @@ from ..configuration_fspad import FSPADConfig
 from ..host import CACHE, LAYERS, length_of
 from ..modeling_fspad import FSPADDraftModel, layer_width
 from ..runtime import quiet_transformers
-from .decoding import FSPADGenerateOutput, tree_decoding
+from .decoding import FSPADGenerateOutput, prompt_columns, tree_decoding
 from .probe import probe
 from .remembered import Remembered
+from .stateful import is_stateful
 from .target import is_compiled
 from .verification import default_generator, is_by_row
 
@@ -24,12 +25,12 @@ logger = logging.get_logger(__name__)
 
 # What `generate` itself hands to a decoder-only text model; anything else is input that a tree knows nothing of.
 KNOWN_MODEL_KWARGS = {
-    "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep",
+    "attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds",
     "output_attentions", "output_hidden_states",
 }  # fmt: skip
 
 
-EXTRA_OUTPUTS = ("output_attentions", "output_hidden_states")
+EXTRA_OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
 HOST_LOOP = ("_sample", "_update_model_kwargs_for_generation")  # what the tree loop stands in for
 
 
@@ -211,18 +212,18 @@ def why_not(
         k for k, v in model_kwargs.items()
         if k not in KNOWN_MODEL_KWARGS and v is not None and v != {} and not _is_read_once(model, k)
     )  # fmt: skip
-    extras = any(getattr(generation_config, k) or model_kwargs.get(k) for k in EXTRA_OUTPUTS)
     overridden = [
         name
         for name in HOST_LOOP
         if getattr(type(model), name) is not getattr(GenerationMixin, name) or name in vars(model)
     ]
     positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    columns = prompt_columns(input_ids, model_kwargs)
     layers = cache.layers if type(cache) is DynamicCache else []
     kinds = sorted({type(x).__name__ for x in layers if type(x) not in LAYERS})
     rules = {
         "it is an encoder-decoder model": model.config.is_encoder_decoder,
-        "the prompt is empty": input_ids.shape[1] == 0,
+        "the prompt is empty": columns == 0,
         "use_cache is off": not model_kwargs.get("use_cache", True),
         "synced_gpus is on": synced_gpus,
         f"{type(model).__name__} has its own {', '.join(overridden)}": bool(overridden),
@@ -233,30 +234,28 @@ def why_not(
         "the target is compiled and prefill_chunk_size is set": generation_config.prefill_chunk_size is not None
         and is_compiled(model),
         "max_length crosses the length at which it recomputes everything (longrope)": _turns_longrope(
-            model, input_ids, generation_config
+            model, columns, generation_config.max_length + columns - input_ids.shape[1]
         ),
         f"of the inputs {unknown}": bool(unknown),
-        "output_attentions or output_hidden_states was asked for": generation_config.return_dict_in_generate
-        and extras,
+        "output_attentions was asked for, of sliding windows": generation_config.return_dict_in_generate
+        and generation_config.output_attentions
+        and any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers),
         f"its cache is a {type(cache).__name__}": type(cache) is not DynamicCache,
         "its cache is offloaded": getattr(cache, "offloading", False),
         f"its cache has {kinds} layers": bool(kinds),
         "the cache passed in holds the whole prompt": bool(layers)
         and not kinds
-        and length_of(cache) >= input_ids.shape[1],
+        and length_of(cache) >= columns,
         "of the shape of position_ids": positions is not None
-        and (positions.dim() not in (2, 3) or positions.shape[-1] != input_ids.shape[1]),
-        "of the shape of attention_mask": mask is not None and mask.shape != input_ids.shape,
+        and (positions.dim() not in (2, 3) or positions.shape[-1] != columns),
+        "of the shape of attention_mask": mask is not None and mask.shape != (len(input_ids), columns),
         "a prompt is nothing but padding": mask is not None and not mask.any(1).all(),
     }
     if len(input_ids) > 1:
         rules |= _rules_of_batches(input_ids, generation_config, logits_processor, stopping_criteria, cache)
     if (reason := next((reason for reason, holds in rules.items() if holds), None)) is not None:
         return reason
-    found = probe(model)
-    if found.chains_only and len(input_ids) > 1:
-        return "it verifies chains only, and this is a batch"
-    return found.reason
+    return probe(model).reason
 
 
 def _rules_of_batches(
@@ -268,14 +267,15 @@ def _rules_of_batches(
     ends = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
     early = sorted({type(c).__name__ for c in criteria} - {"MaxLengthCriteria", "EosTokenCriteria"})
     wanted = generation_config.return_dict_in_generate
+    extras = [name for name in EXTRA_OUTPUTS if getattr(generation_config, name)]
     return {
+        "it is recurrent, and this is a batch": type(cache) is DynamicCache and is_stateful(cache),
         f"of {', '.join(foreign)} in a batch": bool(foreign),
         f"of {', '.join(together)} in a batch whose cache of sliding layers is returned": bool(together)
         and (wanted or getattr(cache, "_is_user_defined", False))
         and any(type(layer) is DynamicSlidingWindowLayer for layer in cache.layers),
         f"of {', '.join(early)} without an EOS token in a batch": bool(early) and not ends,
-        "output_scores or output_logits was asked for, of a batch": wanted
-        and bool(generation_config.output_scores or generation_config.output_logits),
+        f"{' and '.join(extras)} was asked for, of a batch": wanted and bool(extras),
         f"a batch is sampled on {input_ids.device.type}": generation_config.do_sample
         and default_generator(input_ids.device) is None,
     }
@@ -290,7 +290,7 @@ def _is_read_once(model: PreTrainedModel, name: str) -> bool:
     return name in takes and name not in decodes
 
 
-def _turns_longrope(model: PreTrainedModel, input_ids: torch.LongTensor, generation_config) -> bool:
+def _turns_longrope(model: PreTrainedModel, prompt: int, longest: int) -> bool:
     """Phi-3 and its kin drop the cache where the text outgrows the original context; ours would not."""
     rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
     if rope.get("rope_type") != "longrope":
@@ -299,7 +299,7 @@ def _turns_longrope(model: PreTrainedModel, input_ids: torch.LongTensor, generat
         return False
     text = model.config.get_text_config()
     boundary = getattr(text, "original_max_position_embeddings", None) or rope.get("original_max_position_embeddings")
-    return boundary is not None and input_ids.shape[1] <= boundary < generation_config.max_length
+    return boundary is not None and prompt <= boundary < longest
 
 
 PATCHES = (

@@ -65,6 +65,7 @@ class Rounds:
         self.target, self.drafter, self.emitters, self.noise = target, drafter, list(emitters), noise
         self.on_round, self.cache, self.cache_is_wanted, self.graphs = on_round, cache, cache_is_wanted, graphs
         self.offsets, self.shown, self.is_cut = list(offsets), prompt.to(target.device), False
+        self.shifts = [0] * len(prompt)  # by which a sequence begins later than it did, see `align`
         self.arena: ArenaCache
         if is_stateful(cache):
             self.arena = StatefulCache(cache, prompt.shape[1])
@@ -78,12 +79,14 @@ class Rounds:
         # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
         self.unread: list[list[tuple[torch.Tensor, torch.LongTensor]]] = []
         self.lookups: list[PromptLookup] = []
-        first = prompt.shape[1] - features.shape[1]
+        self.hidden = prompt.shape[1] + 1 - self.emitters[0].length  # columns of which embeddings alone are known
+        first = max(prompt.shape[1] - features.shape[1], self.hidden - 1)
         for row, emitter in enumerate(self.emitters):
             shown, text = prompt[row].cpu().nonzero()[:, 0], emitter.input_ids.cpu()
-            new = shown[shown >= first]
-            self.unread.append([(features[row : row + 1, (new - first).to(features.device)], text[:, new + 1])])
-            self.lookups.append(PromptLookup(text[0, shown].tolist() + emitter.emitted, emitter.ends))
+            new, known = shown[shown >= first], shown[shown >= self.hidden]
+            read = features[row : row + 1, (new - prompt.shape[1]).to(features.device)]
+            self.unread.append([(read, text[:, new + 1 - self.hidden])])
+            self.lookups.append(PromptLookup(text[0, known - self.hidden].tolist() + emitter.emitted, emitter.ends))
         self.read = FSPADDraftOutput(*[features.new_zeros(len(prompt), 1, features.shape[-1])] * 2)
         processors = self.emitters[0].logits_processor
         watched = [e.streamer for e in self.emitters if e.streamer is not None or not e.plain_criteria]
@@ -119,7 +122,8 @@ class Rounds:
         depth, lookup = shape.depth, shape.lookup
         for emitter, offset in zip(self.emitters, self.offsets, strict=True):
             if not emitter.finished:
-                here = emitter.length, max(offset), max_length, self.target.text_config
+                length = None if max_length is None else max_length + self.hidden
+                here = emitter.length + self.hidden, max(offset), length, self.target.text_config
                 depth, lookup = depth_limit(depth, *here), depth_limit(lookup, *here)
         return shape._replace(depth=depth, lookup=lookup)
 
@@ -157,6 +161,7 @@ class Rounds:
         finally:
             self.keep(paths, features)
         self.drop_ended()
+        self.align()
         return tree, paths
 
     def tell(self, shape: TreeShape, chains: Sequence[Sequence[int]] = ()) -> "Told":
@@ -178,7 +183,7 @@ class Rounds:
             length, new, chain = self.arena.lengths[row], tokens[row], list(chains[row]) if chains else []
             here = emitter.emitted[-1], self.drafter.cache.lengths[row], len(new), len(chain), length
             padding = [0] * (read - len(new)), [0] * (looked_up - len(chain))
-            positions = [length + offset for offset in self.offsets[row]]
+            positions = [length - self.shifts[row] + offset for offset in self.offsets[row]]
             rows.append([*here, *positions, *firsts[row], *new, *padding[0], *chain, *padding[1]])
         numbers = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
         sizes = 1, 1, 1, 1, 1, len(self.offsets[0]), len(firsts[0]), read, looked_up
@@ -318,25 +323,39 @@ class Rounds:
         self.drafter.cache.select(left)
         self.shown = self.shown[left]
         self.read = FSPADDraftOutput(self.read.logit_features[left], self.read.features[left])
-        for name in ("emitters", "offsets", "unread", "lookups"):
+        for name in ("emitters", "offsets", "shifts", "unread", "lookups"):
             kept = getattr(self, name)
             setattr(self, name, [kept[row] for row in left])
+
+    def align(self) -> None:
+        """Where no mask can tell them apart, the rows of a forward have the same columns in all sequences."""
+        if self.target.chains_only and any(moved := self.arena.align()):
+            self.shifts = [shift + more for shift, more in zip(self.shifts, moved, strict=True)]
+            moved = torch.tensor(moved, device=self.shown.device)[:, None]
+            columns = torch.arange(self.shown.shape[1], device=moved.device) - moved
+            self.shown = self.shown.gather(1, columns.clamp(min=0)) & (columns >= 0)
 
     def settle(self, padding: int) -> None:
         """Lets the cache hold what plain decoding leaves there: in a batch padding, behind a sequence's end."""
         self.arena.forget_pending()
-        longest, most = max(e.length for e in self.emitters), self.graphs.spare - 1 if self.graphs is not None else 64
-        read = [min(n, e.length - 1) for n, e in zip(self.arena.lengths, self.emitters, strict=True)]
-        self.arena.lengths = read  # of a sequence that was cut it has too much
-        while min(read := self.arena.lengths) < longest - 1:
+        most = 64 if self.graphs is None else self.graphs.spare - 1
+        lengths = [emitter.length + self.hidden for emitter in self.emitters]
+        # of a sequence that was cut it has too much
+        read = [min(n - by, m - 1) for n, by, m in zip(self.arena.lengths, self.shifts, lengths, strict=True)]
+        self.arena.lengths = [n + by for n, by in zip(read, self.shifts, strict=True)]
+        self.align()
+        while min(read) < max(lengths) - 1:
             told, trees = self.tell(PLAIN), []
-            lacking = [min(longest - 1 - length, most) for length in read]
+            lacking = [min(max(lengths) - 1 - length, most) for length in read]
             for emitter, length, lacks in zip(self.emitters, read, lacking, strict=True):
-                text = emitter.input_ids[0, length : length + max(lacks, 1)].tolist()
+                text = emitter.input_ids[0, length - self.hidden :][: max(lacks, 1)].tolist()
                 chain = told.numbers.new_tensor([text + [padding] * (max(lacks, 1) - len(text))])
                 trees.append(CandidateTree.chain(chain))
             self.verify(replace(told, captured=False, ahead=False), CandidateTree.stacked(trees))
             self.arena.keep([list(range(lacks)) for lacks in lacking])
+            read = [length + lacks for length, lacks in zip(read, lacking, strict=True)]
+            self.align()
+        self.arena.unalign(self.shifts)
 
 
 @dataclass(frozen=True)

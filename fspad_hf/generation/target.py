@@ -45,6 +45,8 @@ class Target:
         chains_only: bool = False,
     ):
         self.model, self.chains_only = model, chains_only
+        self.extras: tuple[str, ...] = ()  # outputs that a verification leaves in `outputs`, such as "hidden_states"
+        self.outputs = None
         self.embedding = model.get_input_embeddings()
         self.head = model.get_output_embeddings()
         self.use_hook = use_hook
@@ -121,8 +123,10 @@ class Target:
             inputs["position_ids"] = places if len(places) > 1 else places[0]
         if not self.use_hook:
             inputs["output_hidden_states"] = True
+        inputs |= {f"output_{name}": True for name in self.extras}
         with self._armed() as caught, label("forward"):
             outputs = self.verifier(**inputs)
+        self.outputs = outputs if self.extras else None
         return outputs.logits[:, -len(tree) :], self._features(outputs, caught)[:, -len(tree) :]
 
     @property

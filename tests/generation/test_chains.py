@@ -7,8 +7,8 @@ import torch
 from transformers import AttentionInterface, pipeline
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fspad_hf.generation import hook
 from fspad_hf.generation.probe import probe
+from fspad_hf.host import CACHE
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -106,14 +106,38 @@ def test_a_drafts_own_chains(name, overrides, prompt):
             assert outcomes[0] == outcomes[1]
 
 
-def test_a_batch_runs_plain_and_says_so(prompt, monkeypatch):
-    said, model = [], model_of("bloom")
-    monkeypatch.setattr(hook.logger, "warning_once", said.append)
-    ids = prompt.repeat(2, 1)
-    arguments = {"max_new_tokens": 8, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
-    out = model.generate(ids, assistant_model=fresh_draft(model), **arguments)
-    assert out.tolist() == model.generate(ids, **arguments).tolist()
-    assert any("it verifies chains only, and this is a batch" in line for line in said)
+@pytest.mark.parametrize("mode", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
+def test_batches(name, mode, same, prompt):
+    """Sequences of which one gets ahead end at the same column all the same; the cache is as plain decoding's."""
+    ids = torch.cat((prompt, prompt.flip(1), prompt.roll(3, 1)))
+    mask = torch.ones_like(ids)
+    mask[0, :4], mask[2, :1] = 0, 0
+    model = model_of(name)
+    plain, fast = same(model, ids, attention_mask=mask, eos_token_id=[7, 19], min_tau=1.5, **SETTINGS[mode])
+    for ours, theirs in zip(fast[CACHE].layers, plain[CACHE].layers, strict=True):
+        assert ours.get_seq_length() == theirs.get_seq_length() == plain.sequences.shape[1] - 1
+        for row, columns in enumerate(mask.tolist()):  # padding before the prompt is whatever it is
+            first = max(ours.keys.shape[-2] - plain.sequences.shape[1] + 1 + columns.index(1), 0)
+            for one, other in ((ours.keys, theirs.keys), (ours.values, theirs.values)):
+                torch.testing.assert_close(one[row, :, first:], other[row, :, first:], atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mistral"])
+def test_batches_whose_cache_is_not_wanted(name, prompt):
+    """Sequences that have ended are gone; returned sequences, lookups, and shapes by their cost as well."""
+    model, ids = model_of(name), torch.cat((prompt, prompt.flip(1)), dim=1).repeat(2, 1)
+    for overrides in ({"tree_lookup_tokens": 6}, {"tree": "auto", "tree_lookup_tokens": None}):
+        for settings in SETTINGS.values():
+            outs = []
+            for draft in (None, fresh_draft(model, **overrides)):
+                torch.manual_seed(4)
+                kwargs = {"eos_token_id": [5, 9], "pad_token_id": 0, "max_new_tokens": 40}
+                if "do_sample" in settings:
+                    kwargs["num_return_sequences"] = 2
+                out = model.generate(ids, assistant_model=draft, **kwargs, **settings)
+                outs.append((out.tolist(), torch.get_rng_state().tolist()))
+            assert outs[0] == outs[1]
 
 
 def test_a_pipeline(tokenizer):
