@@ -12,7 +12,7 @@ if "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).p
     CACHE = "cache"
 
 
-# The layers of a cache that rounds know how to go on from: keys and values, windows of them, recurrent states, or none.
+# The layers of a cache that rounds can go on from: keys and values, windows of them, recurrent states, or nothing.
 LAYERS = tuple(
     getattr(cache_utils, name)
     for name in (

@@ -237,8 +237,8 @@ class ArenaCache(Cache):
 
     def align(self) -> list[int]:
         """
-        Lets all sequences end at the same position: the shorter ones begin later, behind zeros. Returns by how much, to
-        be taken back by [`~ArenaCache.unalign`].
+        Lets all sequences end at the same position: the shorter ones begin later, behind zeros. Returns by how much,
+        for [`~ArenaCache.unalign`].
         """
         shifts = [self.longest - length for length in self.lengths]
         if any(shifts):

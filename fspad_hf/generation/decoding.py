@@ -130,12 +130,14 @@ def tree_decoding(
             on_round = getattr(streamer, "on_round", None) if batch == 1 else None
             wanted = generation_config.return_dict_in_generate or getattr(prefill_cache, "_is_user_defined", False)
             rounds = Rounds(
-                target, drafter, emitters, noise, prefill_cache, features, prompt, offsets, on_round, bool(wanted), graphs
-            )
+                target, drafter, emitters, noise, prefill_cache, features, prompt, offsets, on_round, bool(wanted),
+                graphs,
+            )  # fmt: skip
             stack.callback(rounds.close)
             if read is not None:
                 rounds.go_on(read)
-            costs = costs_of(target, draft, batch, rounds.graphs is not None) if settings.tree == "auto" else None
+            auto = settings.tree == "auto" and not target.is_split  # which each process would time for itself
+            costs = costs_of(target, draft, batch, rounds.graphs is not None) if auto else None
             trees = trees_of(settings, costs)
         if together is not None:
             together.publish()
@@ -155,7 +157,8 @@ def tree_decoding(
                 together.publish()
         if rounds is not None and rounds.cache_is_wanted:
             rounds.settle(padding_of(generation_config))
-        if lengths[0] and batch == 1 and prompt.all() and not rounds.hidden and rounds.cache_is_wanted and rounds.graphs is None:
+        whole = batch == 1 and lengths[0] and prompt.all() and not rounds.hidden
+        if whole and rounds.cache_is_wanted and rounds.graphs is None:
             state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.unread[0])
             continuation.keep(prefill_cache, draft, state)
 

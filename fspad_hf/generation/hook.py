@@ -243,9 +243,7 @@ def why_not(
         f"its cache is a {type(cache).__name__}": type(cache) is not DynamicCache,
         "its cache is offloaded": getattr(cache, "offloading", False),
         f"its cache has {kinds} layers": bool(kinds),
-        "the cache passed in holds the whole prompt": bool(layers)
-        and not kinds
-        and length_of(cache) >= columns,
+        "the cache passed in holds the whole prompt": bool(layers) and not kinds and length_of(cache) >= columns,
         "of the shape of position_ids": positions is not None
         and (positions.dim() not in (2, 3) or positions.shape[-1] != columns),
         "of the shape of attention_mask": mask is not None and mask.shape != (len(input_ids), columns),

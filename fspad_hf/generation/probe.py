@@ -18,6 +18,7 @@ from .tree import CandidateTree
 from .twin import can_have_twin
 
 TOLERANCE = 0.2  # of what a causal mask in the tree's place would change
+FULL_TOLERANCE = 2e-4  # the same in full precision, of recurrent layers: some continue a little off their single steps
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeRe
         logits, truth = [logits[0][:1]], torch.stack((start, first, second, child))
     found = torch.cat([part.float().flatten(0, 1) for part in logits])
     error, scale = (found - truth).abs().max(), (causal - second).abs().max()
-    if not error <= TOLERANCE * scale:
+    full = is_stateful(outputs[CACHE]) and outputs.logits.dtype in (torch.float32, torch.float64)
+    full = full and (ids.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest")
+    if not error <= (FULL_TOLERANCE if full else TOLERANCE) * scale:
         what = "chain" if chains_only else "tree"
         return ProbeResult(f"a trial {what} came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
     return ProbeResult(None, use_hook, transform, use_twin, chains_only=chains_only)

@@ -1,4 +1,4 @@
-"""The cache of a target with recurrent layers: their states hold a text as a whole, and no token is taken out again."""
+"""The cache of a target with recurrent layers: states hold a text as a whole, and no token is taken out again."""
 
 from collections.abc import Sequence
 

@@ -56,6 +56,7 @@ class Target:
         self.text_config = model.config.get_text_config()
         self._takes_positions = accepts_positions(model)
         self.device = execution_device(model)
+        self.is_split = (getattr(model, "_tp_size", None) or 1) > 1
         self._thread = threading.get_ident()
         self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._caught: list[torch.Tensor] | None = None
@@ -89,6 +90,9 @@ class Target:
         """The host's own prefill. Returns its outputs and the features of the prompt, `[batch, prompt, hidden]`."""
         if not self.use_hook:
             model_kwargs = {**model_kwargs, "output_hidden_states": True}
+        if model_kwargs.get("logits_to_keep") == 1 and getattr(self.text_config, "num_kv_shared_layers", 0):
+            # the number would make layers without keys of their own leave out the other tokens' features
+            model_kwargs = {**model_kwargs, "logits_to_keep": torch.tensor([-1], device=self.device)}
         with self._armed() as caught:
             outputs = self.model._prefill(input_ids, generation_config, model_kwargs)
         return outputs, self._features(outputs, caught)
@@ -146,7 +150,7 @@ class Target:
         """
         if ids is None:
             logits = self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
-        elif type(self.head) is nn.Linear and self.head.weight.device == features.device:
+        elif has_rows(self.head) and self.head.weight.device == features.device:
             if self.head_rows is None:
                 self.head_rows = self.take_head_rows(ids)
             # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
@@ -159,7 +163,7 @@ class Target:
 
     def take_head_rows(self, ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """A copy of the LM head's weight and bias at `ids`; `None` of a head that is no plain `Linear`."""
-        if type(self.head) is not nn.Linear:
+        if not has_rows(self.head):
             return None
         return self.head.weight[ids], None if self.head.bias is None else self.head.bias[ids]
 
@@ -183,6 +187,11 @@ class Target:
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
+def has_rows(head: nn.Module) -> bool:
+    """Whether rows of its weight can be taken: not of one that is quantised (torchao's) or split over processes."""
+    return type(head) is nn.Linear and type(head.weight) in (nn.Parameter, torch.Tensor)
+
+
 def attention_windows(text_config) -> dict[str, int | None]:
     """
     The sliding window (or `None`) of each kind of attention layer, as the host's own cache sees them.
@@ -203,6 +212,8 @@ def attention_windows(text_config) -> dict[str, int | None]:
         if kind not in ("attention", "full_attention", "sliding_attention"):
             raise ValueError(f"its layers include {kind!r}")
         layer = layers[index] if index < len(layers) else None
+        if layers and (layer is None or (layer.keys is None and layer.is_initialized)):
+            continue  # it has no keys of its own and attends to another layer's
         window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
         if windows.setdefault(kind, window) != window:
             raise ValueError(f"its {kind!r} layers have different windows")

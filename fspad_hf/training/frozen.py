@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..generation.probe import probe
-from ..generation.target import LOGIT_TRANSFORMS, attention_windows, execution_device
+from ..generation.target import LOGIT_TRANSFORMS, attention_windows, execution_device, has_rows
 from .losses import SampledHead
 from .packing import segment_mask, segment_positions
 
@@ -91,7 +91,7 @@ class FrozenTarget:
 
     def check_sampling(self, head_sample: int) -> None:
         """`ValueError` if the head is of a kind that cannot be sampled."""
-        if head_sample and (type(self.lm_head) is not nn.Linear or self.transform_name != "identity"):
+        if head_sample and (not has_rows(self.lm_head) or self.transform_name != "identity"):
             raise ValueError(
                 f"head_sample={head_sample}: a sampled softmax needs a plain nn.Linear LM head that gives the logits, "
                 f"this target's is {type(self.lm_head).__name__} with {self.transform_name}; use head_sample=0."

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..generation.target import has_rows
 from ..modeling_fspad import FSPADDraftOutput
 from .packing import continues, segment_mask, segment_positions
 from .self_feeding import self_fed_outputs
@@ -70,7 +71,7 @@ class SampledHead:
     """
 
     def __init__(self, head: nn.Module, frequent_ids: torch.LongTensor, extra: int, generator: torch.Generator):
-        if type(head) is not nn.Linear:
+        if not has_rows(head):
             raise ValueError(f"A sampled softmax needs a plain nn.Linear LM head, got {type(head).__name__}.")
         rest = torch.ones(head.weight.shape[0], dtype=torch.bool)
         rest[frequent_ids] = False

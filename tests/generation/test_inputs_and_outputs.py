@@ -21,7 +21,7 @@ def speculates(monkeypatch):
 
 
 def both(model, oracle, accuracy=0.8, **kwargs):
-    """Plain and ours, by an oracle; of embeddings the draft reads the last one, and of this the oracle has no token."""
+    """Plain and ours, by an oracle; of embeddings the draft reads the last one, of which it has no token."""
     kwargs = {**QUIET, "return_dict_in_generate": True, **kwargs}
     torch.manual_seed(2)
     plain = model.generate(**kwargs)

@@ -47,8 +47,7 @@ def read(monkeypatch):
 
 def states(cache):
     for layer in cache.layers:
-        for part in (getattr(layer, "keys", None), getattr(layer, "values", None)):
-            yield part
+        yield from (getattr(layer, "keys", None), getattr(layer, "values", None))
         for name in ("conv_states", "recurrent_states"):
             yield from getattr(layer, name, {}).values()
 
@@ -90,7 +89,7 @@ def test_a_cache_that_goes_on(name, prompt):
 @pytest.mark.parametrize("name", ["lfm2", "falcon_h1"])
 def test_an_error_of_the_users_leaves_a_sound_cache(name, prompt, oracle):
     model = model_of(name)
-    kwargs = {"eos_token_id": None, "pad_token_id": 0}
+    kwargs, draft = {"eos_token_id": None, "pad_token_id": 0}, draft_for(model)
     whole = model.generate(prompt, max_new_tokens=30, **kwargs)
     oracle(whole.tolist(), 0.7, 64)
     for at in range(3, 20):
@@ -108,9 +107,8 @@ def test_an_error_of_the_users_leaves_a_sound_cache(name, prompt, oracle):
 
         cache = DynamicCache(config=model.config)
         with pytest.raises(KeyboardInterrupt):
-            model.generate(
-                prompt, max_new_tokens=30, assistant_model=draft_for(model), streamer=Stops(), **{CACHE: cache}, **kwargs
-            )
+            more = {CACHE: cache, "streamer": Stops(), **kwargs}
+            model.generate(prompt, max_new_tokens=30, assistant_model=draft, **more)
         assert prompt.shape[1] <= length_of(cache) <= prompt.shape[1] + at
         assert not any(getattr(layer, "record_past", False) for layer in cache.layers)
         again = model.generate(whole[:, : prompt.shape[1] + at + 1], max_new_tokens=8, **{CACHE: cache}, **kwargs)
