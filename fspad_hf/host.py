@@ -4,7 +4,18 @@ import inspect
 from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import Cache, GenerationMixin, PreTrainedModel, cache_utils
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Cache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    cache_utils,
+)
 
 # The name under which models take and return their cache: "cache" from 5.24 on.
 CACHE = "past_key_values"
@@ -26,6 +37,18 @@ LAYERS = tuple(
 def length_of(cache: Cache | None) -> int:
     """The tokens that a cache holds; 0 also where it has nothing but recurrent states, which do not count them."""
     return 0 if cache is None or all(cache.is_linear) else cache.get_seq_length()
+
+
+def load_target(name: str, **kwargs) -> PreTrainedModel:
+    """The model of that path or Hub id, as [`target_class`] says."""
+    asked = {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only", "trust_remote_code") if k in kwargs}
+    return target_class(AutoConfig.from_pretrained(name, **asked)).from_pretrained(name, **kwargs)
+
+
+def target_class(config: PreTrainedConfig) -> type:
+    """What loads a target: as a causal model, or else as one that sees."""
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return AutoModelForImageTextToText if sees else AutoModelForCausalLM
 
 
 def note_commit(model: PreTrainedModel) -> PreTrainedModel:

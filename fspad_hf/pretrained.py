@@ -9,9 +9,10 @@ from pathlib import Path
 
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from .configuration_fspad import FSPADConfig
+from .host import load_target
 from .speculation_config import FIELDS, SpeculationConfig
 from .weights import INDEX, check_weights, fingerprint, weight_files
 
@@ -135,7 +136,7 @@ class FSPADPreTrainedModel(PreTrainedModel):
         loaded_draft = cls.from_pretrained(draft, config=config, **own)
         hub["trust_remote_code"] = trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(name, **hub)
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **hub, **target_kwargs)
+        model = load_target(name, dtype=dtype, **hub, **target_kwargs)
         head = getattr(model.get_output_embeddings(), "weight", None)
         device = model.device if head is None else head.device
         loaded_draft = loaded_draft.to(model.dtype)

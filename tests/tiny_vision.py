@@ -3,7 +3,7 @@
 import torch
 import transformers as tf
 
-from .tiny import COMMON, MIXED
+from .tiny import COMMON, LINEAR, MIXED
 
 VISION = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 28,
@@ -40,6 +40,22 @@ CONFIGS = {
         text_config={**COMMON, "head_dim": 8, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
         vision_config={**QWEN, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16}, **QWEN_IDS,
     ),
+    "qwen3_5": lambda: tf.Qwen3_5Config(
+        text_config={**COMMON, **LINEAR, "rope_parameters": {**ROPE, "mrope_interleaved": True}},
+        vision_config={**QWEN, "num_position_embeddings": 16}, **QWEN_IDS,
+    ),
+    "gemma4": lambda: tf.Gemma4Config(
+        text_config={
+            **COMMON, "head_dim": 8, "global_head_dim": 8, "sliding_window": 6, "num_hidden_layers": 4,
+            "num_kv_shared_layers": 2, "layer_types": MIXED * 2, "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 4,
+        },
+        vision_config={
+            **VISION, "num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2, "position_embedding_size": 16,
+        },
+        audio_config=None, image_token_id=60, boi_token_id=61, eoi_token_id=62, video_token_id=63, audio_token_id=59,
+        boa_token_id=58, eoa_token_index=57,
+    ),
     "smolvlm": lambda: tf.SmolVLMConfig(
         text_config=tf.LlamaConfig(**COMMON), vision_config=VISION, image_token_id=60, scale_factor=2, pad_token_id=0
     ),
@@ -51,6 +67,7 @@ CONFIGS = {
         image_token_index=60, spatial_merge_size=1,
     ),
 }  # fmt: skip
+RECURRENT = {"qwen3_5"}  # plain in a batch
 TOKENS = {"smolvlm": 1, "internvl": 1}  # of an image; 4 elsewhere
 
 
@@ -79,13 +96,17 @@ def inputs(name: str, images: tuple[int, ...], seed: int = 0) -> dict[str, torch
     made = {"input_ids": ids, "attention_mask": torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])}
     if name == "gemma3":
         made["token_type_ids"] = (ids == 60).long()
-    if name.startswith("qwen"):
+    if name.startswith("qwen") or name == "gemma4":
         made["mm_token_type_ids"] = (ids == 60).long()
     if not total:
         return made
     if name.startswith("qwen"):
         patches = torch.randn(16 * total, 3 * 2 * 14 * 14, generator=generator)
         return {**made, "pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * total)}
+    if name == "gemma4":
+        patches = torch.rand(total, 16, 3 * 14 * 14, generator=generator)
+        places = torch.cartesian_prod(torch.arange(4), torch.arange(4)).flip(1).repeat(total, 1, 1)
+        return {**made, "pixel_values": patches, "image_position_ids": places}
     if name == "smolvlm":
         return {**made, "pixel_values": torch.randn(len(images), max(images), 3, 28, 28, generator=generator)}
     if name == "mistral3":

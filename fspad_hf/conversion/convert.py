@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ..configuration_fspad import FSPADConfig
+from ..host import target_class
 from ..modeling_fspad import FSPADDraftModel, config_for_target, layer_width
 from ..runtime import quiet_transformers
 from .layouts import EMBEDDING, Layout, draft_fields, recognise
@@ -94,7 +95,7 @@ def _without_weights(target: str) -> PreTrainedModel:
     """The target on the meta device: it tells the shapes and names of a model that is not read."""
     config = AutoConfig.from_pretrained(target)
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return target_class(config).from_config(config)
 
 
 def _draft_config(

@@ -123,6 +123,12 @@ def _message(turn, role: str, content: str, where: str) -> dict[str, str]:
     said = turn[content]
     if isinstance(said, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in said):
         said = "".join(part["text"] for part in said)
+    seen = {part.get("type") for part in said if isinstance(part, dict)} if isinstance(said, list) else set()
+    if seen & {"image", "image_url", "video", "audio"}:
+        raise ValueError(
+            f"{where} has the turn {_shown(turn)}: a draft cannot be trained on images or sound yet, only on text; "
+            "leave such conversations out. A draft trained on text speculates behind images all the same."
+        )
     if not isinstance(said, str):
         raise ValueError(f"{where} has the turn {_shown(turn)}: expected a text in `{content}`.")
     cut = {UNFINISHED: True} if turn.get(UNFINISHED) is True else {}

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from ..host import target_class
 from ..modeling_fspad import FSPADDraftModel, config_for_target
 from .config import DataConfig, TrainingConfig
 from .data import TrainingRows
@@ -40,7 +41,8 @@ def make_plan(target: str, draft_fields: dict, keep_features: bool, start: FSPAD
         ValueError: a draft of these fields does not fit the target, or `start` is for other ones.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(target))
+        config = AutoConfig.from_pretrained(target)
+        model = target_class(config).from_config(config)
         if start is not None:
             fresh = config_for_target(model)
             for name in ("hidden_size", "vocab_size"):

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import host
 from ..configuration_fspad import FSPADConfig
 from ..host import note_commit
 from ..modeling_fspad import FSPADDraftModel
@@ -142,7 +143,7 @@ def public_name(name: str) -> str:
 def load_target(target: str, dtype: torch.dtype, device_map, device: torch.device) -> PreTrainedModel:
     device_map = device_map or (None if device.type == "cpu" else {"": device})
     with quiet_transformers():
-        return note_commit(AutoModelForCausalLM.from_pretrained(target, dtype=dtype, device_map=device_map)).eval()
+        return note_commit(host.load_target(target, dtype=dtype, device_map=device_map)).eval()
 
 
 def _choose(found: TrainingRows, rows: int | None, seed: int) -> tuple[TrainingRows, TrainingRows]:

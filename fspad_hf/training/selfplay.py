@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..host import note_commit
+from ..host import load_target, note_commit
 from ..runtime import check_reachable, quiet_transformers, resolve_device, resolve_dtype
 from .decode_loop import SelfplayDecoder, TurnTables
 from .exclusion import is_excluded, load_excluded, normalised
@@ -155,7 +155,7 @@ def run_selfplay(
 ) -> dict:
     """`fspad-hf selfplay`: [`selfplay`] of a target by its path or Hub id, with a progress bar on stderr."""
     from rich.console import Console
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
     load_excluded(config.exclude)
@@ -163,7 +163,7 @@ def run_selfplay(
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(target)
         derive_glue(tokenizer)
-        model = note_commit(AutoModelForCausalLM.from_pretrained(target, dtype=precision)).to(place).eval()
+        model = note_commit(load_target(target, dtype=precision)).to(place).eval()
         with _progress(config) as report:
             manifest = selfplay(model, tokenizer, output, config, report)
     totals = manifest["totals"]

@@ -8,8 +8,10 @@ import warnings
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from fspad_hf.generation.graphs import GraphPool
+from fspad_hf.generation.probe import probe
 
 from .. import tiny
 from ..conftest import fresh_draft
@@ -44,6 +46,29 @@ def test_real_draft(prompt, coupled):
             )
             outcomes.append((out.tolist(), torch.cuda.get_rng_state().tolist()))
         assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize(
+    ("attention", "dtype"),
+    [("flex_attention", torch.float32), ("flash_attention_2", torch.bfloat16), ("flash_attention_3", torch.bfloat16)],
+)
+def test_attention_that_takes_no_mask(attention, dtype, prompt):
+    """Chains, or trees where masks are taken after all; in half precision the same tokens up to a near tie."""
+    wide = {**tiny.COMMON, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}  # heads of 32
+    try:
+        model = LlamaForCausalLM._from_config(LlamaConfig(**wide), attn_implementation=attention, dtype=dtype)
+    except (ImportError, ValueError) as error:
+        pytest.skip(f"{attention} cannot be had: {str(error).splitlines()[0]}")
+    model, ids = model.to("cuda").eval(), prompt.to("cuda").repeat(2, 1)
+    assert probe(model).reason is None
+    for batch in (1, 2):
+        mask, outs = torch.ones_like(ids[:batch]), []
+        mask[1:, :3] = 0
+        for assistant in (None, fresh_draft(model)):
+            kwargs = {"max_new_tokens": 24, "eos_token_id": None, "pad_token_id": 0, "attention_mask": mask}
+            outs.append(model.generate(ids[:batch], assistant_model=assistant, **kwargs)[:, ids.shape[1] :])
+        same = (outs[0] == outs[1]).long().cumprod(1).sum(1).min()
+        assert same == 24 if dtype == torch.float32 else same >= 2
 
 
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9}

@@ -151,6 +151,10 @@ def test_the_three_forms_of_a_record():
         ({"messages": ["hi"]}, "the turn 'hi'"),
         ({"messages": [{"role": "narrator", "content": "hi"}]}, "a turn of 'narrator'"),
         ({"messages": [{"role": "user", "content": None}]}, "expected a text in `content`"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}]},
+            "cannot be trained on images or sound yet, only on text",
+        ),
     ],
 )
 def test_other_records_are_refused(record, said, tmp_path):
