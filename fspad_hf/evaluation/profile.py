@@ -14,9 +14,9 @@ from transformers.cache_utils import DynamicCache
 
 from ..demo_target import released_draft
 from ..generation import graphs
-from ..generation.cache import ArenaCache
 from ..generation.costs import Stopwatch
 from ..generation.probe import probe
+from ..generation.stateful import held
 from ..generation.tree import CandidateTree
 from ..host import CACHE
 from ..loading import encode_chat, load_models, tree_settings
@@ -139,7 +139,7 @@ def profile(
         row a method of each mode). Seconds and bytes throughout.
 
     Raises:
-        ValueError: the settings measure nothing, or the target cannot verify trees.
+        ValueError: the settings measure nothing, or the target verifies nothing.
     """
     settings = settings or ProfileSettings()
     settings.check(draft.speculation_settings(target.device))
@@ -204,7 +204,8 @@ class VerificationCost:
         self.target, self.seconds = probe(model).view(model), {count: [] for count in rows}
         cache = DynamicCache(config=self.target.text_config)
         model.get_decoder()(input_ids=input_ids, use_cache=True, **{CACHE: cache})
-        self.arena, self.length = ArenaCache.from_dynamic(cache), input_ids.shape[1]
+        self.length = input_ids.shape[1]
+        self.arena = held(cache, self.length)
         self.measure()  # warms up, and the arena grows to its size
         self.seconds = {count: [] for count in rows}
 
@@ -217,11 +218,14 @@ class VerificationCost:
             for count, seconds in self.seconds.items():
                 numbers = torch.arange(count, device=device)[None]
                 tree = CandidateTree(numbers % vocabulary, torch.zeros_like(numbers), (numbers > 0).long())
+                if self.target.chains_only:
+                    tree = CandidateTree.chain(tree.tokens)
                 shown = torch.ones(1, self.length + count, dtype=torch.bool, device=device)
                 watch = Stopwatch(device)
                 self.arena.place(root, self.length + count)
                 self.target.verify(tree, self.arena, shown, root)
                 seconds.append(watch.read())
+                self.arena.keep([[]])
 
     def results(self) -> list[dict]:
         return [{"rows": count, "seconds": statistics.median(found)} for count, found in self.seconds.items()]

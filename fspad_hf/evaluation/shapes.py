@@ -10,7 +10,6 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    LlamaConfig,
     LogitsProcessor,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,6 +22,10 @@ from ..speculation_config import FIELDS, SpeculationConfig
 
 STD, SURE = 0.02, 100.0  # of the weights, of a draft's logits
 CERTAIN = 1e30  # a score beside which every other has probability 0; infinity would make NaN of the softmax
+SMALL = {
+    "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,
+}  # fmt: skip
 SHAPES = {
     "llama-3-8b": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -31,10 +34,15 @@ SHAPES = {
     },
     "llama-2-7b": {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
     "smollm2-135m": {
-        "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-        "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        **SMALL, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
     },
+    # the same width and depth, most layers recurrent
+    "qwen3.5-135m": {
+        "model_type": "qwen3_5_text", **SMALL, "head_dim": 64, "linear_num_key_heads": 8, "linear_num_value_heads": 8,
+        "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    },
+    "lfm2-135m": {"model_type": "lfm2", **SMALL, "layer_types": ["conv", "conv", "full_attention"] * 10},
 }  # fmt: skip
 
 
@@ -46,7 +54,7 @@ def shape_config(shape: str) -> PreTrainedConfig:
         ValueError, OSError: there is none, or it is not that of a causal language model.
     """
     if shape in SHAPES:
-        return LlamaConfig(**SHAPES[shape])
+        return AutoConfig.for_model(**{"model_type": "llama", **SHAPES[shape]})
     try:
         config = AutoConfig.from_pretrained(shape)
     except OSError as error:

@@ -70,7 +70,7 @@ def battery(model: PreTrainedModel, tokenizer, max_new_tokens: int) -> list[Sett
         Setting("greedy, no_repeat_ngram_size 2", {**GREEDY, "no_repeat_ngram_size": 2}),
         Setting("greedy, min_new_tokens", {**GREEDY, "min_new_tokens": max_new_tokens // 2}),
         Setting("greedy, several EOS", {**GREEDY, "eos_token_id": [*eos, frequent]}),
-        Setting("greedy, stop_strings", {**GREEDY, "stop_strings": [".", "\n\n"], "tokenizer": tokenizer}),
+        Setting("greedy, stop_strings", {**GREEDY, "stop_strings": [".", ";"], "tokenizer": tokenizer}),
         Setting("greedy, long prompt", GREEDY, long_prompt=True),
         Setting("T = 1", SAMPLED),
         Setting("T = 0.3", {**SAMPLED, "temperature": 0.3}),
@@ -82,7 +82,7 @@ def battery(model: PreTrainedModel, tokenizer, max_new_tokens: int) -> list[Sett
         Setting("repetition_penalty 1.3", {**SAMPLED, "repetition_penalty": 1.3}),
         Setting("no_repeat_ngram_size 3", {**SAMPLED, "no_repeat_ngram_size": 3}),
         Setting("several EOS", {**SAMPLED, "eos_token_id": [*eos, frequent]}),
-        Setting("stop_strings", {**SAMPLED, "stop_strings": [".", "\n\n"], "tokenizer": tokenizer}),
+        Setting("stop_strings", {**SAMPLED, "stop_strings": [".", ";"], "tokenizer": tokenizer}),
         Setting("long prompt", SAMPLED, long_prompt=True),
     ]
 

@@ -18,6 +18,7 @@ from .drafting import Drafter
 from .graphs import counted_call, graphs_of
 from .probe import probe
 from .rounds import Rounds
+from .stateful import is_stateful
 from .tuning import trees_of
 from .verification import NoiseQueue, TokenEmitter, is_by_row, processors_of
 
@@ -136,7 +137,9 @@ def tree_decoding(
             stack.callback(rounds.close)
             if read is not None:
                 rounds.go_on(read)
-            auto = settings.tree == "auto" and not target.is_split  # which each process would time for itself
+            # of recurrent layers nobody knows what a chain costs; of a split target each process would time its own
+            unknown = draft.speculation_config.tree is None and is_stateful(prefill_cache)
+            auto = (settings.tree == "auto" or unknown) and not target.is_split
             costs = costs_of(target, draft, batch, rounds.graphs is not None) if auto else None
             trees = trees_of(settings, costs)
         if together is not None:

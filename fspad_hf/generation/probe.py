@@ -10,9 +10,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..host import CACHE
-from .cache import ArenaCache
 from .remembered import Remembered
-from .stateful import StatefulCache, is_stateful
+from .stateful import held, is_stateful
 from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
 from .twin import can_have_twin
@@ -146,11 +145,11 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeRe
     tree = CandidateTree(nodes, nodes.new_tensor([[0, 0, 0, 2]] * 2), nodes.new_tensor([[0, 1, 1, 2]] * 2))
     if chains_only:
         tree = CandidateTree.chain(nodes.gather(1, paths))
-    if is_stateful(outputs[CACHE]):  # of one sequence: a chain to go back from, and the rest of the other path
-        arena = StatefulCache(_HostSteps(model, prompt[:1], use_hook).step(prompt[:1])[CACHE], prompt.shape[1])
-        trials, logits = [tree.of(0), CandidateTree.chain(tree.tokens[1:, 1:])], []
-    else:
-        arena, trials, logits = ArenaCache.from_dynamic(outputs[CACHE]), [tree], []
+    cache, trials, logits = outputs[CACHE], [tree], []
+    if is_stateful(cache):  # of one sequence: a chain to go back from, and the rest of the other path
+        cache = _HostSteps(model, prompt[:1], use_hook).step(prompt[:1])[CACHE]
+        trials = [tree.of(0), CandidateTree.chain(tree.tokens[1:, 1:])]
+    arena = held(cache, prompt.shape[1])
     for trial in trials:
         root = arena.behind(ids.device)
         arena.place(root, arena.longest + len(trial))

@@ -12,13 +12,13 @@ from transformers.cache_utils import DynamicCache
 
 from ..modeling_fspad import FSPADDraftOutput
 from ..runtime import labelled
-from .cache import GROWTH, ArenaCache
+from .cache import GROWTH
 from .continuation import DraftState
 from .costs import RoundCosts, Stopwatch
 from .drafting import STATIC_WARPERS, Drafter, latest
 from .graphs import CAPTURABLE_WARPERS, Graphs
 from .lookup import PromptLookup
-from .stateful import StatefulCache, is_stateful
+from .stateful import held
 from .target import Target
 from .tree import PLAIN, CandidateTree, TreeShape
 from .verification import NoiseQueue, TokenEmitter, emit_drawn, settings_of, walk_ahead, walk_and_emit
@@ -66,11 +66,8 @@ class Rounds:
         self.on_round, self.cache, self.cache_is_wanted, self.graphs = on_round, cache, cache_is_wanted, graphs
         self.offsets, self.shown, self.is_cut = list(offsets), prompt.to(target.device), False
         self.shifts = [0] * len(prompt)  # by which a sequence begins later than it did, see `align`
-        self.arena: ArenaCache
-        if is_stateful(cache):
-            self.arena = StatefulCache(cache, prompt.shape[1])
-        elif graphs is None:
-            self.arena = ArenaCache.from_dynamic(cache, in_its_place=not cache_is_wanted)
+        if graphs is None:
+            self.arena = held(cache, prompt.shape[1], in_its_place=not cache_is_wanted)
         else:
             bucket = graphs.begin(target, drafter, cache, not cache_is_wanted)
             self.arena, drafter.cache = bucket.arena, bucket.draft_cache

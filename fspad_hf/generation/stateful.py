@@ -81,6 +81,19 @@ class StatefulCache(ArenaCache):
         self._before = None
 
 
+def held(cache: DynamicCache, length: int, in_its_place: bool = False) -> ArenaCache:
+    """
+    What rounds hold of a prefilled cache: a copy in an arena, or the cache itself where it has recurrent states.
+
+    Args:
+        length: tokens in it.
+        in_its_place: empties it, see [`~ArenaCache.load`].
+    """
+    if is_stateful(cache):
+        return StatefulCache(cache, length)
+    return ArenaCache.from_dynamic(cache, in_its_place=in_its_place)
+
+
 def is_stateful(cache: DynamicCache) -> bool:
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in cache.layers)
 

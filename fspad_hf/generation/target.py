@@ -148,15 +148,17 @@ class Target:
         Args:
             ids (`[drafted]`): only these columns, the same ones throughout a call; `None` is the whole vocabulary.
         """
-        if ids is None:
-            logits = self.head(features.flatten(0, -2)).unflatten(0, features.shape[:-1])
-        elif has_rows(self.head) and self.head.weight.device == features.device:
-            if self.head_rows is None:
+        # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
+        rows = features.flatten(0, -2)
+        if has_rows(self.head) and self.head.weight.device == features.device:
+            if ids is not None and self.head_rows is None:
                 self.head_rows = self.take_head_rows(ids)
-            # flat: for a slice of one row, a 3-D `linear` becomes a batched product that copies the whole weight
-            rows, (weight, bias) = features.flatten(0, -2), self.head_rows
-            product = few_rows_product if has_choice(weight) else nn.functional.linear
-            logits = product(rows, weight, bias).unflatten(0, features.shape[:-1])
+            weight, bias = (self.head.weight, self.head.bias) if ids is None else self.head_rows
+            quick = has_choice(weight) and weight.dtype == rows.dtype and not torch.is_grad_enabled()
+            logits = (few_rows_product if quick else nn.functional.linear)(rows, weight, bias)
+            logits = logits.unflatten(0, features.shape[:-1])
+        elif ids is None:
+            logits = self.head(rows).unflatten(0, features.shape[:-1])
         else:  # quantised, offloaded or adapted: only the module itself knows how
             logits = self.head(features)[..., ids]
         return self.logit_transform(self.text_config, logits)

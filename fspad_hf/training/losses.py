@@ -18,6 +18,8 @@ from ..modeling_fspad import FSPADDraftOutput
 from .packing import continues, segment_mask, segment_positions
 from .self_feeding import self_fed_outputs
 
+LOGITS_AT_ONCE = 1 << 26  # of a loss: a quarter of a gigabyte in float32, several times
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -95,7 +97,7 @@ def fspad_loss(
     target_features: torch.Tensor,
     mask: torch.BoolTensor,
     head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int = 2048,
+    chunk: int | None = None,
 ) -> LossSums:
     """
     Args:
@@ -103,7 +105,7 @@ def fspad_loss(
         target_features (`[batch, length, hidden]`): f_{t+1}.
         mask (`[batch, length]`): True where token t+1 is the assistant's.
         head: features -> logits, frozen.
-        chunk: positions whose logits are held at a time.
+        chunk: positions whose logits are held at a time; by default as many as make `LOGITS_AT_ONCE`.
     """
     out = FSPADDraftOutput(logit_features=logit_features, features=features)
     return step_losses([out], [mask], target_features, head, chunk)[0]
@@ -114,7 +116,7 @@ def step_losses(
     masks: Sequence[torch.BoolTensor],
     target_features: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int = 2048,
+    chunk: int | None = None,
     objective: Objective = PAPER,
 ) -> list[LossSums]:
     """[`fspad_loss`] of each step's outputs; a later step's mask keeps nothing that the first one's does not."""
@@ -223,7 +225,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         steps = x.shape[1]
         total, top1 = x.new_zeros(steps, dtype=torch.float32), x.new_zeros(steps, dtype=torch.long)
         gradient = torch.empty_like(x)
-        for start in range(0, len(x), chunk):
+        if chunk is None and len(x):
+            with torch.no_grad():
+                chunk = max(LOGITS_AT_ONCE // head(target[:1]).shape[-1], 1)
+        for start in range(0, len(x), chunk or 1):
             part = slice(start, start + chunk)
             best, wanted = _soft_targets(target[part], head, objective)
             for step in range(steps):

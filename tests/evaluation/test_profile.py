@@ -213,7 +213,7 @@ def test_a_profile(llama, draft, prompt, small, monkeypatch):
 @pytest.mark.parametrize("tau", [None, 2.0])
 def test_captured_rounds_beside_eager_ones(llama, prompt, small, captured, tau):
     draft = fresh_draft(llama, **TREE)
-    settings = ProfileSettings(max_new_tokens=41, repeats=2, rows=(1,), methods=(), tau=tau)
+    settings = ProfileSettings(max_new_tokens=25, repeats=1, rows=(1,), methods=(), tau=tau)
     if tau is not None:
         llama, draft = random_pair(tiny.CONFIGS["llama"](), CPU, torch.float32, TREE)
     result = profile(llama, draft, [inputs_of(prompt)], settings)
@@ -355,9 +355,17 @@ def test_what_is_no_language_model_or_too_large_is_refused(tmp_path, capsys, mon
     assert "take 15.0 GiB in bfloat16" in capsys.readouterr().err
 
 
-def test_a_target_without_trees_is_refused(prompt, small):
-    lfm2 = tiny.build("lfm2", "eager")
+def test_a_target_that_verifies_nothing_is_refused(prompt, small):
+    mamba = tiny.build("mamba", "eager")
     with pytest.raises(ValueError, match="nothing to time"):
         profile(
-            lfm2, fresh_draft(tiny.build("llama"), **TREE), [inputs_of(prompt)], ProfileSettings(max_new_tokens=12)
+            mamba, fresh_draft(tiny.build("llama"), **TREE), [inputs_of(prompt)], ProfileSettings(max_new_tokens=12)
         )
+
+
+@pytest.mark.parametrize("name", ["bloom", "qwen3_5_text"])
+def test_chains(name, prompt, small):
+    model = tiny.build(name, "eager")
+    settings = ProfileSettings(max_new_tokens=24, repeats=1, methods=(), rows=(1, 3), modes=("greedy",))
+    result = profile(model, fresh_draft(model, **TREE), [inputs_of(prompt)], settings)
+    assert [cost["rows"] for cost in result["verify"]] == [1, 3] and result["rounds"]["greedy"]["tau"] >= 1

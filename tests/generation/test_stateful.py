@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
+from fspad_hf.generation import decoding
 from fspad_hf.generation.probe import probe
 from fspad_hf.generation.rounds import Rounds
 from fspad_hf.generation.stateful import MOST_PENDING, StatefulCache
@@ -172,3 +173,23 @@ def test_a_batch_runs_plain(prompt, monkeypatch):
     arguments = {"max_new_tokens": 8, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     out = model.generate(ids, assistant_model=draft_for(model), **arguments)
     assert out.tolist() == model.generate(ids, **arguments).tolist()
+
+
+def test_what_a_chain_costs_is_learned_unless_trees_are_set(prompt, monkeypatch):
+    """Of no recurrent model it is known, also where other targets have trees of one size."""
+    model, asked = model_of("qwen3_5_text"), []
+    settings_of_call, costs_of = decoding.settings_of_call, decoding.costs_of
+
+    def fixed(*arguments):
+        settings = settings_of_call(*arguments)
+        settings.tree = "fixed"  # as where no CPU is
+        return settings
+
+    monkeypatch.setattr(decoding, "settings_of_call", fixed)
+    monkeypatch.setattr(decoding, "costs_of", lambda *arguments: asked.append(1) or costs_of(*arguments))
+    for tree, learned in ((None, 1), ("fixed", 0)):
+        asked.clear()
+        for target in (model, tiny.build("llama")):
+            draft = fresh_draft(target, tree=tree)
+            target.generate(prompt, assistant_model=draft, max_new_tokens=12, eos_token_id=None)
+        assert len(asked) == learned
