@@ -225,7 +225,7 @@ def train(options, figures, questions: list[tuple[str, str]]) -> None:
     """
     began = time.monotonic()
     tokenizer, features = load(options)
-    whole = 20 if options.rehearse else max(options.seconds - 20 - (time.monotonic() - began), 20)
+    whole = 10 if options.rehearse else max(options.seconds - 20 - (time.monotonic() - began), 20)
     began, target, rows = time.monotonic(), features.target, features.rows
     recipes = {}
     for name, recipe in RECIPES.items():
