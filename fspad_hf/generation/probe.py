@@ -46,7 +46,7 @@ _known = Remembered()
 def probe(model: PreTrainedModel) -> ProbeResult:
     """
     Runs a fixed tree with siblings (0 -> {1, 2}, 2 -> 3) through the model, in its own dtype and attention, and
-    compares with the same paths run one by one; if that is no use, one of the paths as a chain. Draws nothing.
+    compares with the same paths as two texts; if that is no use, one of the paths as a chain. Draws nothing.
 
     The answer is remembered per attention implementation, dtype, device, compilation, autocast, hooks, and by what
     the model's inputs are prepared.
@@ -96,7 +96,7 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
         if (use_twin and not twins) or (stateful and not chains_only):
             continue
         try:
-            found = _tried(model, use_twin, chains_only)
+            found = _tried(model, use_twin, chains_only, stateful)
         except torch.OutOfMemoryError:
             return ProbeResult("there is no memory for a trial tree", lasts=False)
         except _Drew:
@@ -111,7 +111,12 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
     return why
 
 
-def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeResult:
+def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool, by_steps: bool = False) -> ProbeResult:
+    """
+    Args:
+        by_steps: compare with single steps. Else, which takes two forwards, with the whole paths read at once, and with
+            single steps only if they differ.
+    """
     text_config = model.config.get_text_config()
     if not chains_only and not accepts_positions(model):
         return ProbeResult("it takes no position_ids")
@@ -128,9 +133,10 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeRe
     use_hook = not is_compiled(model)
     watched = _NoDraws if use_hook else nullcontext  # a compiler cannot be watched
     target = Target(model, use_hook, use_twin=use_twin, chains_only=chains_only)
-    host = _HostSteps(model, prompt, use_hook)
+    text = prompt if by_steps else torch.cat((prompt, nodes.gather(1, paths)), dim=1)
+    host = _HostSteps(model, text, use_hook)
     with watched(), target.listening(), target._armed() as caught:
-        outputs = host.step(prompt)
+        outputs = host.step(text)
     if use_hook and not caught:
         return ProbeResult("its decoder's output is out of reach of a forward hook")
     if not isinstance(outputs.get(CACHE), DynamicCache):
@@ -150,15 +156,19 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeRe
         cache = _HostSteps(model, prompt[:1], use_hook).step(prompt[:1])[CACHE]
         trials = [tree.of(0), CandidateTree.chain(tree.tokens[1:, 1:])]
     arena = held(cache, prompt.shape[1])
+    arena.lengths = [prompt.shape[1]] * len(arena.lengths)
     for trial in trials:
         root = arena.behind(ids.device)
         arena.place(root, arena.longest + len(trial))
         with watched(), target.listening():
             logits.append(target.verify(trial, arena, torch.ones_like(ids[: len(root)], dtype=torch.bool), root)[0])
         arena.keep([[0]] * len(root))
-    with watched():  # which takes time: of each kind of forward it sees one
-        steps = [host.logits(nodes[:, :1])]
-    steps += [host.logits(nodes.gather(1, paths[:, [at]])) for at in (1, 2)]
+    if by_steps:
+        with watched():  # which takes time: of each kind of forward it sees one
+            steps = [host.logits(nodes[:, :1])]
+        steps += [host.logits(nodes.gather(1, paths[:, [at]])) for at in (1, 2)]
+    else:
+        steps = outputs.logits[:, -3:].float().unbind(1)
     (start, _), (first, second), (causal, child) = steps
     if len(trials) > 1:
         truth = torch.stack((start, first, causal, second, child))
@@ -171,6 +181,8 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool) -> ProbeRe
     full = is_stateful(outputs[CACHE]) and outputs.logits.dtype in (torch.float32, torch.float64)
     full = full and (ids.device.type == "cpu" or torch.get_float32_matmul_precision() == "highest")
     if not error <= (FULL_TOLERANCE if full else TOLERANCE) * scale:
+        if not by_steps:
+            return _tried(model, use_twin, chains_only, True)
         what = "chain" if chains_only else "tree"
         return ProbeResult(f"a trial {what} came out wrong (error {error:.2g}, a causal mask's {scale:.2g})")
     return ProbeResult(None, use_hook, transform, use_twin, chains_only=chains_only)

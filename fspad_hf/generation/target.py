@@ -155,6 +155,7 @@ class Target:
                 self.head_rows = self.take_head_rows(ids)
             weight, bias = (self.head.weight, self.head.bias) if ids is None else self.head_rows
             quick = has_choice(weight) and weight.dtype == rows.dtype and not torch.is_grad_enabled()
+            quick = quick and not self.is_split  # each process would choose for itself, and round in its own way
             logits = (few_rows_product if quick else nn.functional.linear)(rows, weight, bias)
             logits = logits.unflatten(0, features.shape[:-1])
         elif ids is None:
