@@ -46,7 +46,7 @@ _known = Remembered()
 def probe(model: PreTrainedModel) -> ProbeResult:
     """
     Runs a fixed tree with siblings (0 -> {1, 2}, 2 -> 3) through the model, in its own dtype and attention, and
-    compares with the same paths as two texts; if that is no use, one of the paths as a chain. Draws nothing.
+    compares with the same paths as texts; if that is no use, one of the paths as a chain. Draws nothing.
 
     The answer is remembered per attention implementation, dtype, device, compilation, autocast, hooks, and by what
     the model's inputs are prepared.
@@ -114,8 +114,8 @@ def _probe(model: PreTrainedModel) -> ProbeResult:
 def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool, by_steps: bool = False) -> ProbeResult:
     """
     Args:
-        by_steps: compare with single steps. Else, which takes two forwards, with the whole paths read at once, and with
-            single steps only if they differ.
+        by_steps: compare with the paths read token by token. Else, which takes three forwards, with paths of which all
+            but the last token is read at once, and token by token only if they differ.
     """
     text_config = model.config.get_text_config()
     if not chains_only and not accepts_positions(model):
@@ -133,7 +133,7 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool, by_steps: 
     use_hook = not is_compiled(model)
     watched = _NoDraws if use_hook else nullcontext  # a compiler cannot be watched
     target = Target(model, use_hook, use_twin=use_twin, chains_only=chains_only)
-    text = prompt if by_steps else torch.cat((prompt, nodes.gather(1, paths)), dim=1)
+    text = prompt if by_steps else torch.cat((prompt, nodes.gather(1, paths[:, :2])), dim=1)
     host = _HostSteps(model, text, use_hook)
     with watched(), target.listening(), target._armed() as caught:
         outputs = host.step(text)
@@ -163,12 +163,10 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool, by_steps: 
         with watched(), target.listening():
             logits.append(target.verify(trial, arena, torch.ones_like(ids[: len(root)], dtype=torch.bool), root)[0])
         arena.keep([[0]] * len(root))
-    if by_steps:
-        with watched():  # which takes time: of each kind of forward it sees one
-            steps = [host.logits(nodes[:, :1])]
-        steps += [host.logits(nodes.gather(1, paths[:, [at]])) for at in (1, 2)]
-    else:
-        steps = outputs.logits[:, -3:].float().unbind(1)
+    steps = [] if by_steps else [*outputs.logits[:, -2:].float().unbind(1)]
+    for at in range(len(steps), 3):
+        with watched() if at != 1 else nullcontext():  # watching takes time
+            steps.append(host.logits(nodes.gather(1, paths[:, [at]])))
     (start, _), (first, second), (causal, child) = steps
     if len(trials) > 1:
         truth = torch.stack((start, first, causal, second, child))
