@@ -21,6 +21,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
+torch.set_num_threads(1)  # a process a core
+
+
 @pytest.fixture(scope="session")
 def llama():
     return tiny.build("llama")
