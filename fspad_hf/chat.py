@@ -186,7 +186,7 @@ class _Chat:
             self._say("\nStopped at once: this message is no part of the conversation.")
             return
         elapsed = time.perf_counter() - start
-        if type(output[CACHE]) is DynamicCache:
+        if type(output.get(CACHE)) is DynamicCache:
             self._read = output.sequences[0].tolist(), output[CACHE]
         tokens = output.sequences[0, length:]
         answer = self.models.tokenizer.decode(tokens, skip_special_tokens=True)
@@ -212,7 +212,7 @@ class _Chat:
             return {}
         (before, cache), self._read = self._read, None  # an answer that breaks off leaves it half written
         keep = common_prefix(before, ids) - 1  # the token after the last one kept is known, too
-        if keep < 1:
+        if keep < 1 or all(cache.is_linear):  # states alone do not say how much they have read
             return {}
         if (gone := cache.get_seq_length() - keep) > 0:
             try:

@@ -18,6 +18,7 @@ from fspad_hf.loading import encode_chat
 from fspad_hf.streaming import RunStreamer
 
 from . import tiny
+from .conftest import fresh_draft
 
 RECORD = re.compile(r"\[tau (\d\.\d\d), \d+\.\d tok/s, (\d+) tokens\]")
 NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -96,6 +97,20 @@ def test_a_turn_prefills_only_what_is_new(say, pair, monkeypatch):
     assert len(RECORD.findall(printed)) == 5
     assert lengths[0] < lengths[1] < lengths[2] > lengths[3] < lengths[4]
     assert read[0] == lengths[0] and max(read[1:]) < 30 < lengths[2]
+
+
+@pytest.mark.parametrize("name", ["lfm2", "mamba2", "qwen3_5_text"])
+def test_recurrent_targets(say, tmp_path, tokenizer, name):
+    """A turn goes on from the last one's states; where these alone cannot say how far they are, all is read again."""
+    model = tiny.build(name, "eager")
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
+    fresh_draft(model).save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
+    own = {"target": str(tmp_path / "target"), "draft": str(tmp_path / "draft")}
+    printed = say("hello", "and you?", "once more", greedy=True, **own)
+    answers = expected(own, [([], ["hello", "and you?", "once more"])], do_sample=False)
+    assert all(answers) and all(answer in printed for answer in answers)
+    assert printed.count("tok/s, 12 tokens]") == 3
 
 
 def test_the_command_on_a_pipe_is_plain_text(monkeypatch, pair, capsys):
