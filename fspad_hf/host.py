@@ -1,4 +1,4 @@
-"""What differs between the versions of transformers that are supported."""
+"""What is asked of transformers by name: what its versions call differently, its kinds of layers and of models."""
 
 import inspect
 from pathlib import Path

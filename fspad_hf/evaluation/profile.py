@@ -16,7 +16,7 @@ from ..demo_target import released_draft
 from ..generation import graphs
 from ..generation.costs import Stopwatch
 from ..generation.probe import probe
-from ..generation.stateful import held
+from ..generation.stateful import cache_of_rounds
 from ..generation.tree import CandidateTree
 from ..host import CACHE
 from ..loading import encode_chat, load_models, tree_settings
@@ -205,7 +205,7 @@ class VerificationCost:
         cache = DynamicCache(config=self.target.text_config)
         model.get_decoder()(input_ids=input_ids, use_cache=True, **{CACHE: cache})
         self.length = input_ids.shape[1]
-        self.arena = held(cache, self.length)
+        self.arena = cache_of_rounds(cache, self.length)
         self.measure()  # warms up, and the arena grows to its size
         self.seconds = {count: [] for count in rows}
 

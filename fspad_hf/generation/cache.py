@@ -153,7 +153,7 @@ class ArenaCache(Cache):
         return self, tokens
 
     @property
-    def rows_again(self) -> int:
+    def reread_rows(self) -> int:
         """The rows by which these are more, of tokens that were read before."""
         return 0
 

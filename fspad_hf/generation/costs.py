@@ -36,10 +36,10 @@ class RoundCosts:
     def add_draft(self, levels: int, seconds: float) -> None:
         self._level = [*self._level, seconds / levels][-LATEST:]
 
-    def round(self, shape: TreeShape, again: int = 0) -> float:
+    def round(self, shape: TreeShape, reread: int = 0) -> float:
         """Seconds of a round with such a tree, and so many rows besides; 0 before anything is known."""
         level = min(self._level, default=0.0)
-        return self._forward(again + shape.rows) + (level * shape.depth)
+        return self._forward(reread + shape.rows) + (level * shape.depth)
 
     def _forward(self, rows: int) -> float:
         known = sorted((at, min(seconds)) for at, seconds in self._verify.items())

@@ -139,7 +139,7 @@ def tree_decoding(
                 rounds.go_on(read)
             # of recurrent layers nobody knows what a chain costs; of a split target each process would time its own
             unknown = draft.speculation_config.tree is None and is_stateful(prefill_cache)
-            auto = (settings.tree == "auto" or unknown) and not target.is_split
+            auto = (settings.tree == "auto" or unknown) and not target.is_tensor_parallel
             costs = costs_of(target, draft, batch, rounds.graphs is not None) if auto else None
             trees = trees_of(settings, costs)
         if together is not None:
@@ -148,7 +148,7 @@ def tree_decoding(
         while not all(emitter.finished for emitter in emitters):
             found = [lookup.continuation(settings.tree_lookup_tokens) for lookup in rounds.lookups]
             here, most = rounds.emitters, max(found, key=lambda one: (len(one.tokens), one.match))
-            shape = rounds.limit(trees.choose(most, rounds.arena.rows_again), generation_config.max_length)
+            shape = rounds.limit(trees.choose(most, rounds.arena.reread_rows), generation_config.max_length)
             before = rounds.arena.longest
             tree, paths = rounds.run(shape, [one.tokens[: shape.lookup] for one in found], costs)
             for row, (emitter, path) in enumerate(zip(here, paths, strict=True)):
@@ -160,7 +160,7 @@ def tree_decoding(
                 together.publish()
         if rounds is not None and rounds.cache_is_wanted:
             rounds.settle(padding_of(generation_config))
-        whole = batch == 1 and lengths[0] and prompt.all() and not rounds.hidden
+        whole = batch == 1 and lengths[0] and prompt.all() and not rounds.without_ids
         if whole and rounds.cache_is_wanted and rounds.graphs is None:
             state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.unread[0])
             continuation.keep(prefill_cache, draft, state)

@@ -83,7 +83,8 @@ class Drafter:
         """
         if self._network is None:
             self.draft = matched(self.draft, features)
-            self._network = self.draft if self.target.is_split else twin(self.draft)  # which times its products
+            alike = self.target.is_tensor_parallel  # in all processes; a twin times its products
+            self._network = self.draft if alike else twin(self.draft)
         (texts, new), cache, lengths = tokens.shape, self.cache, lengths.to(self.draft.device)
         places, before = lengths + torch.arange(new, device=self.draft.device), cache.longest
         cache.place(lengths, before + new)

@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicCache
 
 from ..host import CACHE
 from .remembered import Remembered
-from .stateful import held, is_stateful
+from .stateful import cache_of_rounds, is_stateful
 from .target import LOGIT_TRANSFORMS, Target, accepts_positions, attention_windows, execution_device, is_compiled
 from .tree import CandidateTree
 from .twin import can_have_twin
@@ -155,7 +155,7 @@ def _tried(model: PreTrainedModel, use_twin: bool, chains_only: bool, by_steps: 
     if is_stateful(cache):  # of one sequence: a chain to go back from, and the rest of the other path
         cache = _HostSteps(model, prompt[:1], use_hook).step(prompt[:1])[CACHE]
         trials = [tree.of(0), CandidateTree.chain(tree.tokens[1:, 1:])]
-    arena = held(cache, prompt.shape[1])
+    arena = cache_of_rounds(cache, prompt.shape[1])
     arena.lengths = [prompt.shape[1]] * len(arena.lengths)
     for trial in trials:
         root = arena.behind(ids.device)

@@ -18,8 +18,8 @@ from .costs import RoundCosts, Stopwatch
 from .drafting import STATIC_WARPERS, Drafter, latest
 from .graphs import CAPTURABLE_WARPERS, Graphs
 from .lookup import PromptLookup
-from .stateful import held
-from .target import Target
+from .stateful import cache_of_rounds
+from .target import Target, depth_limit
 from .tree import PLAIN, CandidateTree, TreeShape
 from .verification import NoiseQueue, TokenEmitter, emit_drawn, settings_of, walk_ahead, walk_and_emit
 
@@ -67,7 +67,7 @@ class Rounds:
         self.offsets, self.shown, self.is_cut = list(offsets), prompt.to(target.device), False
         self.shifts = [0] * len(prompt)  # by which a sequence begins later than it did, see `align`
         if graphs is None:
-            self.arena = held(cache, prompt.shape[1], in_its_place=not cache_is_wanted)
+            self.arena = cache_of_rounds(cache, prompt.shape[1], in_its_place=not cache_is_wanted)
         else:
             bucket = graphs.begin(target, drafter, cache, not cache_is_wanted)
             self.arena, drafter.cache = bucket.arena, bucket.draft_cache
@@ -76,14 +76,16 @@ class Rounds:
         # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
         self.unread: list[list[tuple[torch.Tensor, torch.LongTensor]]] = []
         self.lookups: list[PromptLookup] = []
-        self.hidden = prompt.shape[1] + 1 - self.emitters[0].length  # columns of which embeddings alone are known
-        first = max(prompt.shape[1] - features.shape[1], self.hidden - 1)
+        # the first columns, of which there are embeddings alone
+        self.without_ids = prompt.shape[1] + 1 - self.emitters[0].length
+        first = max(prompt.shape[1] - features.shape[1], self.without_ids - 1)
         for row, emitter in enumerate(self.emitters):
             shown, text = prompt[row].cpu().nonzero()[:, 0], emitter.input_ids.cpu()
-            new, known = shown[shown >= first], shown[shown >= self.hidden]
+            new, known = shown[shown >= first], shown[shown >= self.without_ids]
             read = features[row : row + 1, (new - prompt.shape[1]).to(features.device)]
-            self.unread.append([(read, text[:, new + 1 - self.hidden])])
-            self.lookups.append(PromptLookup(text[0, known - self.hidden].tolist() + emitter.emitted, emitter.ends))
+            self.unread.append([(read, text[:, new + 1 - self.without_ids])])
+            words = text[0, known - self.without_ids].tolist() + emitter.emitted
+            self.lookups.append(PromptLookup(words, emitter.ends))
         self.read = FSPADDraftOutput(*[features.new_zeros(len(prompt), 1, features.shape[-1])] * 2)
         processors = self.emitters[0].logits_processor
         watched = [e.streamer for e in self.emitters if e.streamer is not None or not e.plain_criteria]
@@ -119,8 +121,8 @@ class Rounds:
         depth, lookup = shape.depth, shape.lookup
         for emitter, offset in zip(self.emitters, self.offsets, strict=True):
             if not emitter.finished:
-                length = None if max_length is None else max_length + self.hidden
-                here = emitter.length + self.hidden, max(offset), length, self.target.text_config
+                length = None if max_length is None else max_length + self.without_ids
+                here = emitter.length + self.without_ids, max(offset), length, self.target.text_config
                 depth, lookup = depth_limit(depth, *here), depth_limit(lookup, *here)
         return shape._replace(depth=depth, lookup=lookup)
 
@@ -149,7 +151,7 @@ class Rounds:
                 costs.add_draft(shape.depth, seconds)
         logits, features, walked = self.verify(told, tree)
         if costs is not None:
-            costs.add_forward(self.arena.rows_again + len(tree), watch.read())
+            costs.add_forward(self.arena.reread_rows + len(tree), watch.read())
         if self.on_round is not None:
             self.on_round(tree.clone().trimmed())
         paths: list[list[int]] = [[] for _ in self.emitters]
@@ -336,7 +338,7 @@ class Rounds:
         """Lets the cache hold what plain decoding leaves there: in a batch padding, behind a sequence's end."""
         self.arena.forget_pending()
         most = 64 if self.graphs is None else self.graphs.spare - 1
-        lengths = [emitter.length + self.hidden for emitter in self.emitters]
+        lengths = [emitter.length + self.without_ids for emitter in self.emitters]
         # of a sequence that was cut it has too much
         read = [min(n - by, m - 1) for n, by, m in zip(self.arena.lengths, self.shifts, lengths, strict=True)]
         self.arena.lengths = [n + by for n, by in zip(read, self.shifts, strict=True)]
@@ -345,7 +347,7 @@ class Rounds:
             told, trees = self.tell(PLAIN), []
             lacking = [min(max(lengths) - 1 - length, most) for length in read]
             for emitter, length, lacks in zip(self.emitters, read, lacking, strict=True):
-                text = emitter.input_ids[0, length - self.hidden :][: max(lacks, 1)].tolist()
+                text = emitter.input_ids[0, length - self.without_ids :][: max(lacks, 1)].tolist()
                 chain = told.numbers.new_tensor([text + [padding] * (max(lacks, 1) - len(text))])
                 trees.append(CandidateTree.chain(chain))
             self.verify(replace(told, captured=False, ahead=False), CandidateTree.stacked(trees))
@@ -384,27 +386,3 @@ class Told:
     features: torch.Tensor | None
     noise: torch.Tensor | None
     coupled: bool
-
-
-def depth_limit(depth: int, length: int, offset: int, max_length: int | None, text_config) -> int:
-    """
-    No deeper than tokens can still be emitted (unless `max_length` is `None`), nor past the end of a table of
-    positions, and never across the length at which a dynamic or longrope model turns its frequencies.
-    """
-    if max_length is not None:
-        depth = min(depth, max_length - length - 1)
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    table = getattr(text_config, "max_position_embeddings", None)
-    if not rope and table is not None:
-        depth = min(depth, table - (length + offset))
-    for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
-        kind = parameters.get("rope_type")
-        if kind in ("dynamic", "longrope"):
-            default = getattr(text_config, "original_max_position_embeddings", None)
-            boundary = parameters.get("original_max_position_embeddings") or default
-            room = (boundary or text_config.max_position_embeddings) - (length + offset)
-            if room >= 0:
-                depth = min(depth, room)
-            elif kind == "dynamic":
-                depth = 0
-    return max(depth, 0)

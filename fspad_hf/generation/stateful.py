@@ -20,13 +20,12 @@ class StatefulCache(ArenaCache):
 
     Args:
         cache: prefilled with `length` tokens.
-        sequences: more than one only if of all of them the same number of rows is kept.
     """
 
-    def __init__(self, cache: DynamicCache, length: int, sequences: int = 1):
-        super().__init__(0, sequences)
-        self.host, self.lengths = cache, [length] * sequences
-        self.pending: torch.LongTensor | None = None  # [sequences, count]
+    def __init__(self, cache: DynamicCache, length: int):
+        super().__init__(0)
+        self.host, self.lengths = cache, [length]
+        self.pending: torch.LongTensor | None = None  # [1, count]
         self._read: torch.LongTensor | None = None  # by the last forward, what was pending included
         self._before: list[dict] | None = None
         states = [layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
@@ -35,12 +34,12 @@ class StatefulCache(ArenaCache):
             cache.activate_past_recording()
 
     @property
-    def rows_again(self) -> int:
+    def reread_rows(self) -> int:
         return 0 if self.pending is None else self.pending.shape[1]
 
     @property
     def needs_plain_step(self) -> bool:
-        return self.rows_again > MOST_PENDING
+        return self.reread_rows > MOST_PENDING
 
     def begin(self, tokens: torch.LongTensor) -> tuple[DynamicCache, torch.LongTensor]:
         self._read = tokens if self.pending is None else torch.cat((self.pending, tokens), dim=1)
@@ -49,8 +48,8 @@ class StatefulCache(ArenaCache):
         return self.host, self._read
 
     def keep(self, paths: Sequence[list[int]]) -> None:
-        (length,) = {len(path) for path in paths}
-        rows, kept = self._read.shape[1], self.rows_again + length
+        (path,) = paths
+        rows, kept = self._read.shape[1], self.reread_rows + len(path)
         if self.crops:
             self.host.crop(kept - rows)
         elif kept == rows:
@@ -58,11 +57,11 @@ class StatefulCache(ArenaCache):
         else:
             self._go_back()
             self.pending = self._read[:, :kept]
-        self.advance([length] * len(paths))
+        self.advance([len(path)])
 
     def forget_pending(self) -> None:
         """Counts what is pending no longer."""
-        self.lengths, self.pending = [length - self.rows_again for length in self.lengths], None
+        self.lengths, self.pending = [self.longest - self.reread_rows], None
 
     def append_to(self, cache: DynamicCache) -> None:
         if self._before is not None:
@@ -81,7 +80,7 @@ class StatefulCache(ArenaCache):
         self._before = None
 
 
-def held(cache: DynamicCache, length: int, in_its_place: bool = False) -> ArenaCache:
+def cache_of_rounds(cache: DynamicCache, length: int, in_its_place: bool = False) -> ArenaCache:
     """
     What rounds hold of a prefilled cache: a copy in an arena, or the cache itself where it has recurrent states.
 

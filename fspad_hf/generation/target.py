@@ -56,7 +56,7 @@ class Target:
         self.text_config = model.config.get_text_config()
         self._takes_positions = accepts_positions(model)
         self.device = execution_device(model)
-        self.is_split = (getattr(model, "_tp_size", None) or 1) > 1
+        self.is_tensor_parallel = (getattr(model, "_tp_size", None) or 1) > 1
         self._thread = threading.get_ident()
         self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._caught: list[torch.Tensor] | None = None
@@ -120,9 +120,10 @@ class Target:
         else:
             inputs["attention_mask"] = self._mask(tree, shown, cache)
         if self._takes_positions:
-            steps, again = tree.depths, tokens.shape[1] - len(tree)
-            if again:
-                steps = torch.cat((torch.arange(-again, 0, device=steps.device).expand(len(steps), -1), steps), dim=1)
+            steps = tree.depths
+            if (reread := tokens.shape[1] - len(tree)) > 0:
+                before = torch.arange(-reread, 0, device=steps.device).expand(len(steps), -1)
+                steps = torch.cat((before, steps), dim=1)
             places = positions.T[..., None] + steps
             inputs["position_ids"] = places if len(places) > 1 else places[0]
         if not self.use_hook:
@@ -155,7 +156,7 @@ class Target:
                 self.head_rows = self.take_head_rows(ids)
             weight, bias = (self.head.weight, self.head.bias) if ids is None else self.head_rows
             quick = has_choice(weight) and weight.dtype == rows.dtype and not torch.is_grad_enabled()
-            quick = quick and not self.is_split  # each process would choose for itself, and round in its own way
+            quick = quick and not self.is_tensor_parallel  # where each process would choose, and round, for itself
             logits = (few_rows_product if quick else nn.functional.linear)(rows, weight, bias)
             logits = logits.unflatten(0, features.shape[:-1])
         elif ids is None:
@@ -221,6 +222,30 @@ def attention_windows(text_config) -> dict[str, int | None]:
         if windows.setdefault(kind, window) != window:
             raise ValueError(f"its {kind!r} layers have different windows")
     return windows
+
+
+def depth_limit(depth: int, length: int, offset: int, max_length: int | None, text_config) -> int:
+    """
+    No deeper than tokens can still be emitted (unless `max_length` is `None`), nor past the end of a table of
+    positions, and never across the length at which a dynamic or longrope model turns its frequencies.
+    """
+    if max_length is not None:
+        depth = min(depth, max_length - length - 1)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    table = getattr(text_config, "max_position_embeddings", None)
+    if not rope and table is not None:
+        depth = min(depth, table - (length + offset))
+    for parameters in [rope, *(p for p in rope.values() if isinstance(p, dict))]:
+        kind = parameters.get("rope_type")
+        if kind in ("dynamic", "longrope"):
+            default = getattr(text_config, "original_max_position_embeddings", None)
+            boundary = parameters.get("original_max_position_embeddings") or default
+            room = (boundary or text_config.max_position_embeddings) - (length + offset)
+            if room >= 0:
+                depth = min(depth, room)
+            elif kind == "dynamic":
+                depth = 0
+    return max(depth, 0)
 
 
 def execution_device(model: PreTrainedModel) -> torch.device:

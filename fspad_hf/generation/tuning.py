@@ -31,7 +31,7 @@ class FixedTrees:
     def __init__(self, settings):
         self.shape = TreeShape.of(settings)
 
-    def choose(self, found: Found = NOTHING, again: int = 0) -> TreeShape:
+    def choose(self, found: Found = NOTHING, reread: int = 0) -> TreeShape:
         return self.shape.with_lookup(self.shape.lookup if found.tokens else 0)
 
     def observe(self, tree: CandidateTree, path: list[int], found: Found, emitted: Sequence[int]):
@@ -53,22 +53,25 @@ class TunedTrees:
         self._tokens = {s: sum(PRIOR**level for level in range(s.depth + 1)) for s in self.shapes}
         self._right = {match: 4 * chance for match, chance in LOOKED_UP.items()}  # of the tokens looked up
         self._checked = dict.fromkeys(LOOKED_UP, 4.0)
-        self._shape, self._plain, self._small, self._pause, self._again = PLAIN, 0, 0, FIRST_PAUSE, 0
+        self._shape, self._plain, self._small, self._pause = PLAIN, 0, 0, FIRST_PAUSE
         self._depth = 1  # of the deepest trees that are tried
 
-    def choose(self, found: Found = NOTHING, again: int = 0) -> TreeShape:
+    def choose(self, found: Found = NOTHING, reread: int = 0) -> TreeShape:
         """
         The next round's shape; without a depth and a lookup it is a plain step.
 
         Args:
             found: what the text itself offers.
-            again: rows of the forward for tokens that were read before.
+            reread: rows that the forward has besides, of tokens that were read before.
         """
-        self._again = again
+
+        def speed(shape: TreeShape) -> float:
+            return self._speed(shape, reread)
+
         tried = [shape for shape in self.shapes if shape.depth <= self._depth]
-        best, largest = max(tried, key=self._speed), tried[-1]
+        best, largest = max(tried, key=speed), tried[-1]
         if best == PLAIN and self._plain >= self._pause:
-            best, self._pause = max(tried[1:], key=self._speed), 2 * self._pause
+            best, self._pause = max(tried[1:], key=speed), 2 * self._pause
         elif best != PLAIN and self._small >= LOOK_UP:
             best = largest
         self._plain = self._plain + 1 if best == PLAIN else 0
@@ -78,7 +81,7 @@ class TunedTrees:
             right = self._right[found.match] / self._checked[found.match]
             options = [best] if best.top_k == 1 else [best, best.with_lookup(min(most, best.total_nodes // 2))]
             options += [TreeShape(0, 0, 0, n) for n in {min(most, size) for size in _halvings(self.lookup)}]
-            best = max(options, key=lambda shape: self._speed(shape, right))
+            best = max(options, key=lambda shape: self._speed(shape, reread, right))
         self._shape = best
         return best
 
@@ -122,14 +125,14 @@ class TunedTrees:
             return max(self._tokens[s] / self._rounds[s] for s in below)
         return self._tokens[shape] / self._rounds[shape]
 
-    def _speed(self, shape: TreeShape, right: float = 0.0) -> float:
+    def _speed(self, shape: TreeShape, reread: int = 0, right: float = 0.0) -> float:
         """Expected tokens a second, if a token looked up is right with such a chance."""
         drafted, tokens = self._yield(shape._replace(lookup=0)) - 1, 1.0
         likely = drafted / (1 + drafted)  # of a level to be accepted, were the tree endless
         for level in range(1, max(shape.depth, shape.lookup) + 1):
             missed = 1 - right**level if level <= shape.lookup else 1.0
             tokens += 1 - missed * (1 - likely**level)
-        return (tokens if shape.lookup else 1 + drafted) / max(self.costs.round(shape, self._again), 1e-9)
+        return (tokens if shape.lookup else 1 + drafted) / max(self.costs.round(shape, reread), 1e-9)
 
 
 def trees_of(settings, costs: RoundCosts | None) -> FixedTrees | TunedTrees:

@@ -16,7 +16,7 @@ from ..generation.decoding import SpeculationRecord
 from ..generation.drafting import Drafter
 from ..generation.lookup import PromptLookup
 from ..generation.probe import probe
-from ..generation.rounds import depth_limit
+from ..generation.target import depth_limit
 from ..generation.tree import CandidateTree
 from ..generation.tuning import FixedTrees
 from ..generation.verification import walk_and_emit

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from fspad_hf.generation import target
 from fspad_hf.generation.few_rows import MOST, TRIALS, FewRowsLinear, Products, direct, has_choice, transposed
 from fspad_hf.generation.twin import twin
 
@@ -92,3 +93,18 @@ def test_where_there_is_no_choice():
     layer = FewRowsLinear(8, 4)
     layer(torch.randn(2, 8)).sum().backward()  # with gradients it is a plain layer
     assert layer.weight.grad is not None
+
+
+def test_a_draft_over_the_whole_vocabulary_uses_them_for_the_head(llama, monkeypatch):
+    """Of a plain head on this machine, and never where several processes would each choose for themselves."""
+    used, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(target, "few_rows_product", lambda *args: used.append(1) or linear(*args))
+    view = target.Target(llama)
+    with torch.no_grad():
+        features = torch.randn(1, 3, llama.config.hidden_size)
+        torch.testing.assert_close(view.draft_logits(features), llama.lm_head(features))
+        assert used
+        used.clear()
+        view.is_tensor_parallel = True
+        view.draft_logits(features), view.draft_logits(features, torch.arange(5))
+    assert not used

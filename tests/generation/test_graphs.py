@@ -166,7 +166,7 @@ def test_tokens_looked_up(captured, prompt, settings, shape, monkeypatch):
     for weight in model.model.layers.parameters():
         weight.data.mul_(0.1)  # the last token says what comes next, so a text soon goes in circles
     fixed = SimpleNamespace(
-        choose=lambda found, again: TreeShape(*shape, 9 if found.tokens else 0), observe=lambda *_: None
+        choose=lambda found, reread: TreeShape(*shape, 9 if found.tokens else 0), observe=lambda *_: None
     )
     monkeypatch.setattr(decoding, "trees_of", lambda *_: fixed)
     for each in (dict, lambda: {"logits_processor": LogitsProcessorList([DrawingProcessor()])}):
@@ -347,7 +347,7 @@ def test_trees_of_many_shapes(captured, prompt, monkeypatch):
         def __init__(self, *_):
             self.rounds = 0
 
-        def choose(self, found, again):
+        def choose(self, found, reread):
             self.rounds += 1
             return shapes[self.rounds % len(shapes)]
 

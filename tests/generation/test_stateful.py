@@ -161,7 +161,7 @@ def test_states_that_are_written_in_place_come_back(prompt):
     host, tokens = held.begin(prompt[:, :4])
     model(tokens, **{CACHE: host}, use_cache=True)
     held.keep([[0, 1]])
-    assert held.longest == prompt.shape[1] + 2 and held.rows_again == 2
+    assert held.longest == prompt.shape[1] + 2 and held.reread_rows == 2
     for now, was in zip(states(cache), before, strict=True):
         assert torch.equal(now, was)
     assert addresses == [part.data_ptr() for layer in cache.layers for part in layer.recurrent_states.values()]

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fspad_hf.modeling_fspad import FSPADDraftOutput
+from fspad_hf.training import losses
 from fspad_hf.training.losses import Objective, SampledHead, draft_loss, fspad_loss, step_losses
 
 from ..conftest import fresh_draft
@@ -107,3 +108,22 @@ def test_partial_alignment_keeps_the_two_goals_apart(llama, prompt):
     assert grad[:32].any() and not grad[32:].any()
     grad = torch.autograd.grad(sums.feature, draft.layer.mlp.down_proj.weight)[0]
     assert grad[32:].any() and not grad[:32].any()
+
+
+def test_few_logits_of_a_large_vocabulary_are_held_at_once(monkeypatch):
+    """However many positions there are; and what they add up to is the same."""
+    generator, seen = torch.Generator().manual_seed(0), []
+    x, features, target = (torch.randn(2, 9, 8, generator=generator) for _ in range(3))
+    weight, mask = torch.randn(50, 8, generator=generator), torch.ones(2, 9, dtype=torch.bool)
+
+    def head(rows):
+        seen.append(len(rows))
+        return rows @ weight.T
+
+    whole = fspad_loss(x.clone().requires_grad_(), features, target, mask, head)
+    assert max(seen) == 18
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 200)
+    seen.clear()
+    parts = fspad_loss(x.clone().requires_grad_(), features, target, mask, head)
+    assert max(seen) == 4
+    torch.testing.assert_close(parts.logit, whole.logit)
