@@ -68,6 +68,13 @@ def test_up_to_the_last_position(oracle, prompt):
     both(model, oracle, inputs_embeds=embeddings, max_new_tokens=256 - prompt.shape[1])
 
 
+def test_the_embeddings_are_no_part_of_max_length(llama, oracle, prompt):
+    """All is accepted, up to the last tree: 23 tokens after the first, 7 a round."""
+    embeddings = llama.get_input_embeddings()(prompt).detach()
+    _, fast = both(llama, oracle, accuracy=1.0, inputs_embeds=embeddings)
+    assert fast.speculation.accepted_lengths == [7, 7, 7, 2]
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon_h1", "qwen3_5_text", "gemma3_text"])
 def test_hidden_states(name, oracle, prompt):
     model = tiny.build(name, "eager")

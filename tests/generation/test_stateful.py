@@ -88,6 +88,21 @@ def test_a_cache_that_goes_on(name, prompt):
 
 
 @pytest.mark.parametrize("name", ["lfm2", "falcon_h1"])
+def test_a_text_that_ends_within_a_chain(name, prompt, oracle):
+    """What was to be read again is in the cache that is returned, as plain decoding has it."""
+    model, kwargs = model_of(name), {"pad_token_id": 0, "max_new_tokens": 30, "return_dict_in_generate": True}
+    whole = model.generate(prompt, eos_token_id=None, **kwargs).sequences
+    for eos in sorted(set(whole[0, prompt.shape[1] + 1 : -8].tolist())):
+        plain = model.generate(prompt, eos_token_id=eos, **kwargs)
+        oracle(whole.tolist(), 0.8, 64)
+        fast = model.generate(prompt, eos_token_id=eos, assistant_model=draft_for(model), **kwargs)
+        assert fast.sequences.tolist() == plain.sequences.tolist()
+        for ours, theirs in zip(states(fast[CACHE]), states(plain[CACHE]), strict=True):
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lfm2", "falcon_h1"])
 def test_an_error_of_the_users_leaves_a_sound_cache(name, prompt, oracle):
     model = model_of(name)
     kwargs, draft = {"eos_token_id": None, "pad_token_id": 0}, draft_for(model)
