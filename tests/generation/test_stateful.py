@@ -10,7 +10,7 @@ from fspad_hf.generation.rounds import Rounds
 from fspad_hf.generation.stateful import MOST_PENDING, StatefulCache
 from fspad_hf.host import CACHE, length_of
 
-from .. import tiny
+from .. import families, tiny
 from ..conftest import fresh_draft
 
 SETTINGS = {
@@ -208,3 +208,11 @@ def test_what_a_chain_costs_is_learned_unless_trees_are_set(prompt, monkeypatch)
             draft = fresh_draft(target, tree=tree)
             target.generate(prompt, assistant_model=draft, max_new_tokens=12, eos_token_id=None)
         assert len(asked) == learned
+
+
+def test_a_model_whose_steps_differ_from_its_chains_is_found_out(monkeypatch):
+    """Nemotron-H clamps its steps of time where it reads several tokens, and not where it reads one."""
+    monkeypatch.setitem(families.OWN, "nemotron_h", {})
+    assert "a trial chain came out wrong" in probe(families.build("nemotron_h")).reason
+    monkeypatch.setitem(families.OWN, "nemotron_h", {"time_step_min": 1e-9})
+    assert probe(families.build("nemotron_h")).chains_only
