@@ -32,8 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     if name is not None and name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         parser.error(f"{name!r} is no command" + (f": did you mean {near[0]!r}?" if near else "; see fspad-hf --help"))
-    arguments = vars(parser.parse_args(argv))
+    found, others = parser.parse_known_args(argv)
+    arguments = vars(found)
     command = arguments.pop("command")
+    if "others" in arguments:  # the command knows more options than its help
+        arguments["others"] = others
+    elif others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     try:
         return command(**arguments)
     except KeyboardInterrupt:

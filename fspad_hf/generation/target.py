@@ -57,6 +57,7 @@ class Target:
         self._takes_positions = accepts_positions(model)
         self.device = execution_device(model)
         self.is_tensor_parallel = (getattr(model, "_tp_size", None) or 1) > 1
+        self.chooses_products = not self.is_tensor_parallel  # else each process would choose, and round, for itself
         self._thread = threading.get_ident()
         self.head_rows: tuple[torch.Tensor, torch.Tensor | None] | None = None
         self._caught: list[torch.Tensor] | None = None
@@ -156,7 +157,7 @@ class Target:
                 self.head_rows = self.take_head_rows(ids)
             weight, bias = (self.head.weight, self.head.bias) if ids is None else self.head_rows
             quick = has_choice(weight) and weight.dtype == rows.dtype and not torch.is_grad_enabled()
-            quick = quick and not self.is_tensor_parallel  # where each process would choose, and round, for itself
+            quick = quick and self.chooses_products
             logits = (few_rows_product if quick else nn.functional.linear)(rows, weight, bias)
             logits = logits.unflatten(0, features.shape[:-1])
         elif ids is None:

@@ -28,12 +28,12 @@ from ..modeling_fspad import FSPADDraftModel
 from ..runtime import changed_settings, counted, duration, quiet_transformers, status, write_file, write_json
 from ..speculation_config import SpeculationConfig
 from .acceptance import KnownAnswer, known_answers, mean_tau, simulate_answer
-from .checkpoints import has_checkpoint
-from .config import MAY_CHANGE, DataConfig, TrainingConfig
+from .arguments import FSPADTrainingArguments, started
+from .data import DataConfig
 from .plan import make_plan
-from .provenance import PROVENANCE
-from .run import load_target, patient_accelerator, public_name, run_training
-from .trainer import CHECKPOINTS
+from .provenance import CURVE, read_provenance
+from .run import load_target, public_name, run_training
+from .trainer import last_checkpoint
 
 VARIANTS = {  # name of its folders: what reports call it, its fields
     "fspad": (OURS, {"feature_sampling": True, "partial_alignment": True}),
@@ -53,12 +53,12 @@ class Draft:
     """One of the drafts: to be trained, trained, or measured."""
 
     variant: str
-    config: TrainingConfig
+    args: FSPADTrainingArguments
     fields: dict
 
     @property
     def folder(self) -> Path:
-        return Path(self.config.output_dir)
+        return Path(self.args.output_dir)
 
     @property
     def title(self) -> str:
@@ -66,14 +66,13 @@ class Draft:
 
     def provenance(self) -> dict | None:
         """Its training.json, once it is trained."""
-        path = self.folder / PROVENANCE
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return read_provenance(self.folder) or None
 
 
 def run_ablation(
     target: str,
     data: DataConfig | Sequence[str],
-    config: TrainingConfig,
+    args: FSPADTrainingArguments,
     questions: str | None = None,
     seeds: Sequence[int] = (0, 1),
     per_task: int = 40,
@@ -85,19 +84,19 @@ def run_ablation(
 ) -> dict | None:
     """
     Trains FSPAD, FSPAD without either of its parts and without both (EAGLE-2), a draft a seed each, measures tau on
-    the first turns of Spec-Bench, and writes results.json, report.md and plots to `config.output_dir`.
+    the first turns of Spec-Bench, and writes results.json, report.md and plots to `args.output_dir`.
 
     Called again it goes on where it stood: drafts that are trained, answers and measurements are taken as they are.
     Under `accelerate launch` all processes train each draft together, and the main one measures.
 
     Args:
-        config: of all trainings but for the seed and the folder, which is one of the drafts' folders.
+        args: of all trainings but for the seed and the folder, which is one of the drafts' folders.
         questions: Spec-Bench's question.jsonl; by default the published one, downloaded once.
-        seeds: of the trainings.
+        seeds: of the trainings of FSPAD and of EAGLE-2; the two in between have the first one.
         per_task, max_new_tokens: questions of each task, and tokens of each answer.
         draft_overrides: other fields of [`FSPADConfig`], the same for all drafts.
         plan: print what would be done, and do nothing.
-        training: rows, keep_features, linear_start, draft_vocab_size, target_name, device_map: as [`run_training`].
+        training: rows, draft_vocab_size, target_name, device_map: as [`run_training`].
 
     Returns:
         What results.json holds: title, command, measured (what on), machine, drafts, figures and verdict (see
@@ -108,17 +107,17 @@ def run_ablation(
     """
     import matplotlib  # noqa: F401  whether it is there should be known before the trainings
 
-    state = patient_accelerator()
+    state = started(args)
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     with state.main_process_first():  # which downloads them
         asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
-    drafts = _drafts(config, seeds, {**(draft_overrides or {}), "draft_vocab_size": training.get("draft_vocab_size")})
-    _check(config, data, max_new_tokens)
+    drafts = _drafts(args, seeds, {**(draft_overrides or {}), "draft_vocab_size": training.get("draft_vocab_size")})
+    _check(args, data, max_new_tokens)
     measured = _measurement(target, asked, per_task, max_new_tokens, dtype)
     _check_begun(drafts, [_wanted(draft, target, data, dtype, training) for draft in drafts], measured, state)
     if plan:
         run_training(
-            target, data, drafts[0].config, dtype=dtype, draft_overrides=drafts[0].fields, plan=True, **training
+            target, data, drafts[0].args, dtype=dtype, draft_overrides=drafts[0].fields, plan=True, **training
         )
         _print_plan(drafts, target, measured, state)
         return None
@@ -126,23 +125,25 @@ def run_ablation(
     if not state.is_main_process:
         return None
     _measure(drafts, target, asked, measured, dtype, training.get("device_map"), state.device)
-    return _report(drafts, target, measured, Path(config.output_dir), state.device)
+    return _report(drafts, target, measured, Path(args.output_dir), state.device)
 
 
-def _drafts(config: TrainingConfig, seeds: Sequence[int], overrides: dict) -> list[Draft]:
+def _drafts(args: FSPADTrainingArguments, seeds: Sequence[int], overrides: dict) -> list[Draft]:
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds={list(seeds)}: expected one or more, each once and 0 or more.")
     made = []
     for seed in seeds:
-        for variant, (_, fields) in VARIANTS.items():
-            own = replace(config, seed=seed, output_dir=str(Path(config.output_dir) / f"{variant}-seed{seed}"))
+        for variant, (title, fields) in VARIANTS.items():
+            if seed != seeds[0] and title not in (OURS, BASELINE):
+                continue
+            own = replace(args, seed=seed, output_dir=str(Path(args.output_dir) / f"{variant}-seed{seed}"))
             made.append(Draft(variant, own, {**overrides, **fields}))
     return made
 
 
-def _check(config: TrainingConfig, data: DataConfig, max_new_tokens: int) -> None:
-    if Path(config.output_dir).is_file():
-        raise ValueError(f"output={config.output_dir!r} is a file: expected a folder, which is made if need be.")
+def _check(args: FSPADTrainingArguments, data: DataConfig, max_new_tokens: int) -> None:
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"output={args.output_dir!r} is a file: expected a folder, which is made if need be.")
     if max_new_tokens < 2:
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing to draft: expected 2 or more.")
     if data.regenerate:
@@ -168,14 +169,14 @@ def _check_begun(drafts: list[Draft], wanted: list[dict], measured: dict, state)
 
 def _wanted(draft: Draft, target: str, data: DataConfig, dtype: torch.dtype, training: dict) -> dict:
     """What the training.json and config.json of a finished draft must say."""
-    unsaid = (*MAY_CHANGE, "coupling_positions")  # of the last, training.json has how many there were
-    wanted = {name: value for name, value in vars(draft.config).items() if name not in unsaid}
+    wanted = {name: getattr(draft.args, name) for name in CURVE}
     wanted |= {"target": training.get("target_name") or public_name(target), "target_dtype": _name(dtype)}
     wanted |= {"data": [public_name(source) for source in data.data]}
-    wanted |= {"linear_start": training.get("linear_start", True)}
+    wanted |= {"linear_start": draft.args.linear_start}
     if training.get("rows") is not None:
         wanted["rows"] = training["rows"]
-    return json.loads(json.dumps(wanted | {f"draft_{name}": value for name, value in draft.fields.items()}))
+    wanted |= {f"draft_{name}": value for name, value in draft.fields.items()}
+    return json.loads(json.dumps(wanted, default=str))
 
 
 def _check_trained(draft: Draft, wanted: dict) -> None:
@@ -196,7 +197,7 @@ def _check_same_data(drafts: list[Draft]) -> None:
     for draft in drafts:
         if (told := draft.provenance()) is not None:
             ours = {name: told.get(name) for name in SAME}
-            folder, theirs = first.setdefault(draft.config.seed, (draft.folder, ours))
+            folder, theirs = first.setdefault(draft.args.seed, (draft.folder, ours))
             if changes := changed_settings(theirs, ours):
                 raise ValueError(
                     f"The drafts in {str(folder)!r} and {str(draft.folder)!r} cannot be compared ({changes}): "
@@ -219,15 +220,15 @@ def _train(drafts: list[Draft], target: str, data: DataConfig, dtype: torch.dtyp
 
     console = Console(quiet=not state.is_main_process)
     # The main process's disk decides for all: another machine may not see it.
-    left = set(broadcast_object_list([[d.config.output_dir for d in drafts if d.provenance() is None]])[0])
+    left = set(broadcast_object_list([[d.args.output_dir for d in drafts if d.provenance() is None]])[0])
     for number, draft in enumerate(drafts):
-        if draft.config.output_dir not in left:
+        if draft.args.output_dir not in left:
             continue
         seconds = [told["seconds"] for d in drafts if (told := d.provenance()) is not None]
         after = f", about {duration(np.mean(seconds) * len(left))} of training left" if seconds else ""
         console.print(f"Training {draft.folder.name}, {number + 1} of {len(drafts)}{after}", highlight=False)
-        run_training(target, data, draft.config, dtype=dtype, draft_overrides=draft.fields, **training)
-        left.discard(draft.config.output_dir)
+        run_training(target, data, draft.args, dtype=dtype, draft_overrides=draft.fields, **training)
+        left.discard(draft.args.output_dir)
         if state.is_main_process:
             _check_same_data(drafts)
 
@@ -303,14 +304,14 @@ def _read_kept(path: Path, settings: dict) -> dict | None:
 def _report(drafts: list[Draft], target: str, measured: dict, folder: Path, device: torch.device) -> dict:
     from rich.console import Console
 
-    figures = figures_of([(d.title, d.config.seed, _rows(d, measured)) for d in drafts])
+    figures = figures_of([(d.title, d.args.seed, _rows(d, measured)) for d in drafts])
     results = {
         "title": f"The parts of FSPAD on {Path(target).name}",
         "command": "fspad-hf " + shlex.join(sys.argv[1:]),
         "measured": measured,
         "machine": describe_machine(device),
         "drafts": [
-            {"draft": d.title, "seed": d.config.seed, **{name: d.provenance().get(name) for name in SHOWN}}
+            {"draft": d.title, "seed": d.args.seed, **{name: d.provenance().get(name) for name in SHOWN}}
             for d in drafts
         ],
         "figures": figures,
@@ -374,11 +375,11 @@ def _print_plan(drafts: list[Draft], target: str, measured: dict, state) -> None
     console.print(f"{measured['prompts']} prompts, {measured['max_new_tokens']} new tokens; the drafts:")
     for draft in drafts:
         parameters = make_plan(target, draft.fields, False).parameters
-        begun = has_checkpoint(draft.folder / CHECKPOINTS)
+        begun = last_checkpoint(draft.folder)
         at = "trained" if draft.provenance() else "begun" if begun else "to train"
         if draft.provenance() and _rows(draft, measured) is not None:
             at = "trained and measured"
-        line = f"{draft.folder.name:<22} {draft.title}, {parameters:,} parameters, seed {draft.config.seed}: {at}"
+        line = f"{draft.folder.name:<22} {draft.title}, {parameters:,} parameters, seed {draft.args.seed}: {at}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -23,6 +23,7 @@ from ..modeling_fspad import FSPADDraftModel
 from ..runtime import status
 from ..speculation_config import FILE
 from .data import load_training_rows
+from .losses import places_of
 
 SHARPNESS = (0.8, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
 KAPPA = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.3, 2.0, 4.0)
@@ -71,7 +72,8 @@ def fit_coupling(
             x = (p / noise).argmax(-1, keepdim=True)
             seen += len(x)
             if draft.draft_vocab_ids is not None:  # a token that is not drafted is missed under all values
-                x, drafted = _places(x, draft.draft_vocab_ids.to(x.device), p.shape[1])
+                x = places_of(x, draft.draft_vocab_ids, p.shape[1])
+                drafted = x[:, 0] >= 0
                 q, noise, x = q[drafted], noise[drafted][:, draft.draft_vocab_ids], x[drafted]
             uncoupled += int((q.argmax(-1, keepdim=True) == x).sum())
             likelihood = {}
@@ -110,14 +112,6 @@ def _distributions(draft, target, rows, masks, stride: int) -> Iterator[tuple[to
         yield view.draft_logits(features[0, at + 1]).float().softmax(-1), q
 
 
-def _places(tokens: torch.LongTensor, drafted_ids: torch.LongTensor, vocab_size: int):
-    """Each token's place among the drafted ids, `[positions, 1]`, and whether it is there, `[positions]`."""
-    places = torch.full((vocab_size,), -1, device=tokens.device)
-    places[drafted_ids] = torch.arange(len(drafted_ids), device=tokens.device)
-    places = places[tokens]
-    return places, places[:, 0] >= 0
-
-
 def run_calibration(
     target: str | None, draft: str, data: Sequence[str], rows: int, positions: int, seed: int = 0,
     device: str | None = None, dtype: str | None = None,
@@ -143,7 +137,7 @@ def run_calibration(
         raise ValueError(f"data={list(data)} are conversations: expected rows of token ids; write them with selfplay.")
     settings = models.draft.speculation_settings()
     before = {"sharpness": settings.coupling_sharpness, "kappa": settings.coupling_kappa}
-    with status(f"Drawing at {positions} tokens of {len(found.ids)} rows"):
+    with status(f"Drawing at {positions} tokens of {len(found)} rows"):
         fitted = fit_coupling(models.draft, models.target, found.ids, found.mask, positions, seed)
     better = fitted["gain"] > fitted["gain_error"] and any(fitted[name] != before[name] for name in before)
     if better:

@@ -1,16 +1,19 @@
 """What a draft is trained on: rows of token ids, their loss masks, and where documents share a row their segments."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .arguments import as_number
 from .conversations import load_conversations, tokenize, user_turns
 from .exclusion import is_excluded, load_excluded
-from .packing import pack
+from .packing import continues, pack
 from .shards import MANIFEST, read_manifest
 from .templates import TemplateProblem, assistant_span, template_sha256
 
@@ -31,10 +34,53 @@ class TrainingRows:
     mask: torch.BoolTensor
     segments: torch.LongTensor | None
 
+    @classmethod
+    def of(cls, dataset) -> "TrainingRows":
+        """
+        The rows of a data set, all in memory; those of other lengths than the longest are padded.
+
+        Args:
+            dataset: `TrainingRows`, or a sequence of mappings, such as a `datasets.Dataset`: `input_ids`; `labels`,
+                -100 where the loss does not count a token, or `assistant_masks`, 0 there; and, of rows of several
+                documents, `position_ids`, 0 where one begins.
+
+        Raises:
+            ValueError: other columns, or columns of different lengths.
+        """
+        if isinstance(dataset, cls):
+            return dataset
+        items = [{name: torch.as_tensor(value) for name, value in item.items()} for item in dataset]
+        for number, item in enumerate(items):
+            marks = [item[name] for name in ("labels", "assistant_masks", "position_ids") if name in item]
+            if "input_ids" not in item or not ({"labels", "assistant_masks"} & item.keys()):
+                raise ValueError(
+                    f"Row {number} has the columns {sorted(item)}: expected input_ids and labels (or assistant_masks)."
+                )
+            if any(mark.shape != item["input_ids"].shape or mark.dim() != 1 for mark in marks):
+                raise ValueError(f"Row {number} has columns of different shapes: expected one value a token in each.")
+        ids = [item["input_ids"].long() for item in items]
+        masks = [item["labels"] >= 0 if "labels" in item else item["assistant_masks"].bool() for item in items]
+        begins = [item.get("position_ids", torch.arange(len(row))) == 0 for item, row in zip(items, ids, strict=True)]
+        segments = pad_sequence([begin.cumsum(0) for begin in begins], batch_first=True)
+        one = bool((segments == 1).all())
+        ids, masks = pad_sequence(ids, batch_first=True), pad_sequence(masks, batch_first=True)
+        return cls(ids, masks, None if one else segments)
+
+    def counted(self) -> "TrainingRows":
+        """With a mask that is off where no draft of the document could have guessed the token, or learnt from it."""
+        mask = self.mask.clone()
+        mask[:, 0] = False
+        if self.segments is not None:
+            mask &= continues(self.segments)
+        return TrainingRows(self.ids, mask, self.segments)
+
     @property
     def held_out(self) -> int:
         """So many of the last rows are never trained on."""
         return min(HELD_OUT_ROWS, len(self.ids) // HELD_OUT_SHARE)
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
     def __getitem__(self, rows) -> "TrainingRows":
         """Some of the rows."""
@@ -46,10 +92,40 @@ class TrainingRows:
         """All ids in one line (`[tokens]`), without padding."""
         return self.ids.flatten() if self.segments is None else self.ids[self.segments > 0]
 
+    def sha256(self) -> str:
+        """The fingerprint of ids, mask and segments."""
+        digest = sha256(str(tuple(self.ids.shape)).encode())
+        for tensor, dtype in ((self.ids, torch.int32), (self.mask, torch.uint8), (self.segments, torch.int16)):
+            if tensor is not None:
+                digest.update(tensor.to("cpu", dtype).contiguous().numpy())
+        return digest.hexdigest()
+
     def row(self, number: int) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """Ids and mask (`[tokens]`) of a row without its padding."""
         used = slice(None) if self.segments is None else self.segments[number] > 0
         return self.ids[number][used], self.mask[number][used]
+
+
+@dataclass
+class DataConfig:
+    """Which data, and how conversations become rows."""
+
+    data: Sequence[str]  # see [`load_training_rows`]
+    row_length: int = 1024  # of packed conversations
+    split: str = "train"  # of a Hub data set
+    exclude: Sequence[str] = ()  # files of prompts; conversations that hold one are dropped
+    regenerate: bool = False  # replace the answers of conversations by the target's own ...
+    regenerate_temperature: float = 0.0  # ... drawn so
+    regenerate_tokens: int = 512  # ... and at most so long
+    regenerate_rows: int = 16  # ... and so many at once
+
+    def __post_init__(self):
+        self.data, self.exclude = ([str(x) for x in _sequence(n, getattr(self, n))] for n in ("data", "exclude"))
+        for field in fields(self):
+            if field.type in (int, float):
+                setattr(self, field.name, as_number(field.name, getattr(self, field.name), field.type))
+        if not self.data:
+            raise ValueError("data=[] names nothing to train on: expected files, folders or Hub data set ids.")
 
 
 def load_training_rows(
@@ -193,3 +269,11 @@ def _packed(data: Sequence[str | Path], tokenizer, row_length: int, split: str, 
     ids, mask, segments = pack(documents, row_length, padding)
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(0))  # packing sorts by length
     return TrainingRows(ids[order], mask[order], segments[order])
+
+
+def _sequence(name: str, value) -> Sequence:
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Sequence):
+        raise ValueError(f"{name}={value!r}: expected a list.")
+    return value

@@ -3,22 +3,22 @@
     loss = feature_weight * SmoothL1(o_feature, f) + logit_weight * CE(softmax(head(f)), head(o_logit))
 
 SmoothL1 is averaged over h; both terms are summed over the masked positions, so that a caller can divide by their
-number across a whole optimiser step. The head is the target's and frozen. [`Objective`] adds what is not in the paper.
+number across a whole optimiser step. The head is the target's and frozen. Of softmax(head(f)) the likeliest tokens are
+taken (see [`FrozenTarget`]), and of these the ones that the draft drafts; softmax(head(o_logit)) is over those it
+drafts. [`Objective`] adds what is not in the paper.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..generation.target import has_rows
 from ..modeling_fspad import FSPADDraftOutput
 from .packing import continues, segment_mask, segment_positions
 from .self_feeding import self_fed_outputs
-
-LOGITS_AT_ONCE = 1 << 26  # of a loss: a quarter of a gigabyte in float32, several times
+from .targets import LOGITS_AT_ONCE, FrozenTarget, TargetOutputs
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class Objective:
     Args:
         self_steps: how often the draft is run, after the first time on features of its own, see [`self_fed_outputs`].
         self_step_decay: step j weighs decay^(j-1) in the mean of the steps' losses.
-        top_k_weight, top_k: `top_k_weight` times -sum q log p over the target's `top_k` likeliest tokens is added to
-            the logit part, q and p the target's and the draft's whole softmax (HASS, arXiv 2408.15766, section 3.1).
+        top_k_weight, top_k: `top_k_weight` times -sum p log q over the target's `top_k` likeliest tokens is added to
+            the logit part, p and q the target's and the draft's softmax (HASS, arXiv 2408.15766, section 3.1).
     """
 
     self_steps: int = 1
@@ -58,107 +58,36 @@ class LossSums:
     positions: torch.Tensor
 
 
-class SampledHead:
-    """
-    The LM head over a subset of the vocabulary, for a softmax estimated from few columns.
-
-    All of the most frequent ids plus a uniform draw from the rest, the latter corrected by log(rest / drawn), which
-    makes the estimated partition function unbiased (sampled softmax, Jean et al. 2015). On a CPU the full head costs
-    three times as much as the draft itself.
-
-    Args:
-        head: the target's LM head; must be a plain `nn.Linear`.
-        frequent_ids (`[frequent]`): the ids always kept.
-        extra: how many of the other ids to draw.
-    """
-
-    def __init__(self, head: nn.Module, frequent_ids: torch.LongTensor, extra: int, generator: torch.Generator):
-        if not has_rows(head):
-            raise ValueError(f"A sampled softmax needs a plain nn.Linear LM head, got {type(head).__name__}.")
-        rest = torch.ones(head.weight.shape[0], dtype=torch.bool)
-        rest[frequent_ids] = False
-        rest = rest.nonzero()[:, 0]
-        drawn = rest[torch.randperm(len(rest), generator=generator)[:extra]]
-        ids = torch.cat((frequent_ids, drawn)).to(head.weight.device)
-        self.weight = head.weight.detach()[ids]
-        self.bias = torch.zeros(len(ids), device=ids.device, dtype=head.weight.dtype)
-        if len(drawn):
-            self.bias[len(frequent_ids) :] = torch.log(torch.tensor(len(rest) / len(drawn)))
-        if head.bias is not None:
-            self.bias += head.bias.detach()[ids]
-
-    def __call__(self, features: torch.Tensor) -> torch.Tensor:
-        return F.linear(features, self.weight, self.bias)
-
-
-def fspad_loss(
-    logit_features: torch.Tensor,
-    features: torch.Tensor,
-    target_features: torch.Tensor,
-    mask: torch.BoolTensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int | None = None,
-) -> LossSums:
-    """
-    Args:
-        logit_features, features (`[batch, length, hidden]`): o_logit and o_feature at positions t.
-        target_features (`[batch, length, hidden]`): f_{t+1}.
-        mask (`[batch, length]`): True where token t+1 is the assistant's.
-        head: features -> logits, frozen.
-        chunk: positions whose logits are held at a time; by default as many as make `LOGITS_AT_ONCE`.
-    """
-    out = FSPADDraftOutput(logit_features=logit_features, features=features)
-    return step_losses([out], [mask], target_features, head, chunk)[0]
-
-
-def step_losses(
-    outputs: Sequence[FSPADDraftOutput],
-    masks: Sequence[torch.BoolTensor],
-    target_features: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    chunk: int | None = None,
-    objective: Objective = PAPER,
-) -> list[LossSums]:
-    """[`fspad_loss`] of each step's outputs; a later step's mask keeps nothing that the first one's does not."""
-    first = masks[0]
-    regressed = [
-        F.smooth_l1_loss(out.features[mask].float(), target_features[mask].float(), reduction="none").mean(-1).sum()
-        for out, mask in zip(outputs, masks, strict=True)
-    ]
-    x = torch.stack([out.logit_features[first] for out in outputs], dim=1)  # [positions, steps, hidden]
-    counted = torch.stack([mask[first] for mask in masks], dim=1)  # [positions, steps]
-    logit, top1 = _ChunkedCrossEntropy.apply(x, target_features[first], counted, head, chunk, objective)
-    return [LossSums(*sums) for sums in zip(regressed, logit, top1, counted.sum(0), strict=True)]
-
-
 def draft_loss(
     draft: nn.Module,
-    embedding: Callable,
-    head: Callable,
+    target: FrozenTarget,
     ids: torch.LongTensor,
-    features: torch.Tensor,
+    known: TargetOutputs,
     mask: torch.BoolTensor,
-    noise: float = 0.0,
     segments: torch.LongTensor | None = None,
+    drafted: torch.LongTensor | None = None,
+    noise: float = 0.0,
     seeds: Sequence[int] | None = None,
     objective: Objective = PAPER,
 ) -> LossSums:
     """
-    The loss sums of a batch of rows. Position t reads (f_t + noise, e_{t+1}), and is held against f_{t+1}.
+    The loss sums of a batch of rows. Position t reads (f_t + noise, e_{t+1}), and is held against f_{t+1} and the
+    target's likeliest tokens there.
 
     With `objective.self_steps`, `feature` and `logit` are the weighted mean of the steps; `top1` and `positions` are
     the first step's. A later step's first positions in a document, which have nothing to feed on, count as zero.
 
     Args:
-        embedding, head: the target's, frozen: ids -> embeddings, features -> logits.
-        ids (`[rows, length]`), features (`[rows, length, hidden]`): the rows and the target's features of them.
+        target: gives embeddings, and the logits of the draft's outputs.
+        ids (`[rows, length]`), known: the rows, and what the target makes of them.
         mask (`[rows, length]`): True on the assistant's tokens.
+        segments (`[rows, length]`): the document of each token, see [`pack`]; a document's draft sees no other's.
+        drafted (`[draft_vocab_size]`): the ids that the draft's softmax is over; `None` is the whole vocabulary.
         noise: half-width of the uniform noise at length 512; rows of another length get it scaled by 512 / length,
             packed documents each by their own length.
-        segments (`[rows, length]`): the document of each token, see [`pack`]; a document's draft sees no other's.
         seeds: of the noise, one a row; by default it comes from the global generator.
     """
-    inputs = _draft_inputs(draft, embedding, ids, features, noise, segments, seeds)
+    inputs = _draft_inputs(draft, target, ids, known.features, noise, segments, seeds)
     if segments is None:
         parts, at = None, torch.arange(ids.shape[1] - 1, device=ids.device)
     else:
@@ -166,26 +95,70 @@ def draft_loss(
     steps = range(objective.self_steps)
     outputs = self_fed_outputs(draft, inputs, len(steps), parts)
     masks = [mask[:, 1:] & (at >= step) for step in steps]
-    sums = step_losses(outputs, masks, features[:, 1:], head, objective=objective)
+    sums = step_losses(outputs, masks, known, target, drafted, objective)
     weighted = list(zip(objective.step_weights, sums, strict=True))
     feature, logit = (sum(weight * getattr(part, name) for weight, part in weighted) for name in ("feature", "logit"))
     return LossSums(feature, logit, sums[0].top1, sums[0].positions)
 
 
+def step_losses(
+    outputs: Sequence[FSPADDraftOutput],
+    masks: Sequence[torch.BoolTensor],
+    known: TargetOutputs,
+    target: FrozenTarget,
+    drafted: torch.LongTensor | None = None,
+    objective: Objective = PAPER,
+    chunk: int | None = None,
+) -> list[LossSums]:
+    """
+    The loss sums of each step.
+
+    Args:
+        outputs (`[rows, length - 1, hidden]`): at positions t.
+        masks (`[rows, length - 1]`): True where token t+1 is the assistant's; a later step's keeps nothing that the
+            first one's does not.
+        known: the target's, at positions 0 ... length - 1.
+        chunk: positions whose logits are held at a time; by default as many as make `LOGITS_AT_ONCE`.
+    """
+    first = masks[0]
+    f, p = known.features[:, 1:], known.top_log_probs[:, 1:][first].float().exp()
+    regressed = [
+        F.smooth_l1_loss(out.features[mask].float(), f[mask].float(), reduction="none").mean(-1).sum()
+        for out, mask in zip(outputs, masks, strict=True)
+    ]
+    if objective.top_k_weight:
+        p[:, : objective.top_k] *= 1 + objective.top_k_weight
+    columns = known.top_ids[:, 1:][first].long()
+    if drafted is not None:
+        columns = places_of(columns, drafted, target.view.text_config.vocab_size)
+        p = p * (columns >= 0)
+    x = torch.stack([out.logit_features[first] for out in outputs], dim=1)  # [positions, steps, hidden]
+    counted = torch.stack([mask[first] for mask in masks], dim=1)  # [positions, steps]
+    width = target.view.text_config.vocab_size if drafted is None else len(drafted)
+    chunk = chunk or max(LOGITS_AT_ONCE // width, 1)
+    logit, top1 = _ChunkedCrossEntropy.apply(x, columns, p, counted, lambda x: target.logits(x, drafted), chunk)
+    return [LossSums(*sums) for sums in zip(regressed, logit, top1, counted.sum(0), strict=True)]
+
+
+def places_of(tokens: torch.LongTensor, drafted: torch.LongTensor, vocab_size: int) -> torch.LongTensor:
+    """The place of each token among the drafted ids; -1 where it is none of them."""
+    places = torch.full((vocab_size,), -1, device=tokens.device)
+    places[drafted.to(tokens.device)] = torch.arange(len(drafted), device=tokens.device)
+    return places[tokens]
+
+
 def draft_outputs(
     draft: nn.Module,
-    embedding: Callable,
+    target: FrozenTarget,
     ids: torch.LongTensor,
     features: torch.Tensor,
-    noise: float = 0.0,
     segments: torch.LongTensor | None = None,
-    seeds: Sequence[int] | None = None,
 ) -> FSPADDraftOutput:
     """The draft's outputs `[rows, length - 1, hidden]` at positions t, from true features; as [`draft_loss`]."""
-    return draft(**_draft_inputs(draft, embedding, ids, features, noise, segments, seeds))
+    return draft(**_draft_inputs(draft, target, ids, features, 0.0, segments, None))
 
 
-def _draft_inputs(draft, embedding, ids, features, noise, segments, seeds) -> dict[str, torch.Tensor]:
+def _draft_inputs(draft, target, ids, features, noise, segments, seeds) -> dict[str, torch.Tensor]:
     dtype = next(draft.parameters()).dtype
     inputs, packing = features[:, :-1].to(dtype), {}
     if segments is not None:
@@ -195,7 +168,7 @@ def _draft_inputs(draft, embedding, ids, features, noise, segments, seeds) -> di
         drawn = torch.rand_like(inputs) if seeds is None else _seeded_rows(inputs, seeds)
         inputs = inputs + (drawn * 2 - 1) * (noise * 512 / _document_lengths(ids, segments))
     with torch.no_grad():
-        inputs_embeds = embedding(ids[:, 1:]).to(dtype)
+        inputs_embeds = target.embed(ids[:, 1:]).to(dtype)
     return {"inputs_embeds": inputs_embeds, "features": inputs, **packing}
 
 
@@ -216,28 +189,26 @@ def _document_lengths(ids: torch.LongTensor, segments: torch.LongTensor | None) 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """
-    sum CE(softmax(head(target)), head(x)) of each step, its gradient taken chunk by chunk so that few logits live at
-    once. x `[positions, steps, hidden]`, target `[positions, hidden]`, counted `[positions, steps]`.
+    -sum p log softmax(head(x)) of each step, its gradient taken chunk by chunk so that few logits live at once; and
+    how often the first column is the likeliest one.
+
+    x `[positions, steps, hidden]`, columns and p `[positions, k]` (a column of -1 has p = 0), counted
+    `[positions, steps]`.
     """
 
     @staticmethod
-    def forward(ctx, x, target, counted, head, chunk, objective):
+    def forward(ctx, x, columns, p, counted, head, chunk):
         steps = x.shape[1]
         total, top1 = x.new_zeros(steps, dtype=torch.float32), x.new_zeros(steps, dtype=torch.long)
         gradient = torch.empty_like(x)
-        if chunk is None and len(x):
-            with torch.no_grad():
-                chunk = max(LOGITS_AT_ONCE // head(target[:1]).shape[-1], 1)
-        for start in range(0, len(x), chunk or 1):
+        for start in range(0, len(x), chunk):
             part = slice(start, start + chunk)
-            best, wanted = _soft_targets(target[part], head, objective)
             for step in range(steps):
-                here = counted[part, step].to(wanted.device)
-                if step:
-                    wanted *= here[:, None]  # what does not count at one step does not at a later one
-                loss, hits, gradient[part, step] = _cross_entropy(x.detach()[part, step], wanted, best, here, head)
+                # what does not count at one step does not at a later one
+                wanted = p[part] * counted[part, step, None]
+                loss, hits, gradient[part, step] = _cross_entropy(x.detach()[part, step], columns[part], wanted, head)
                 total[step] += loss.to(total.device)
-                top1[step] += hits.to(top1.device)
+                top1[step] += (hits & counted[part, step]).sum()
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(top1)
         return total, top1
@@ -248,22 +219,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * grad_total[:, None], None, None, None, None, None
 
 
-@torch.no_grad()
-def _soft_targets(target, head, objective: Objective) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's first token `[positions]` and, `[positions, vocabulary]`, what weighs -log p: q, the top k more."""
-    logits = head(target).float()
-    q = logits.softmax(-1)
-    if objective.top_k_weight:
-        top = q.topk(min(objective.top_k, q.shape[-1]), dim=-1)
-        q.scatter_add_(-1, top.indices, objective.top_k_weight * top.values)
-    return logits.argmax(-1), q
-
-
-def _cross_entropy(x, wanted, best, counted, head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Loss, agreements and the gradient of x; a function of its own, so that its logits die with it."""
+def _cross_entropy(x, columns, p, head) -> tuple[torch.Tensor, torch.BoolTensor, torch.Tensor]:
+    """Loss, hits and the gradient of x; a function of its own, so that its logits die with it."""
     with torch.enable_grad():
         x = x.requires_grad_()
         logits = head(x).float()
-        loss = F.cross_entropy(logits, wanted, reduction="sum")
-    hits = ((logits.argmax(-1) == best) & counted).sum()
+        columns, p = columns.to(logits.device), p.to(logits.device)
+        picked = logits.gather(1, columns.clamp(min=0))
+        loss = (p.sum(-1) * logits.logsumexp(-1) - (p * picked).sum(-1)).sum()
+    hits = (logits.argmax(-1) == columns[:, 0]).to(x.device)
     return loss.detach(), hits, torch.autograd.grad(loss, x)[0]

@@ -11,7 +11,7 @@ def preview(
     tokenizer: PreTrainedTokenizerBase, ids: torch.LongTensor, mask: torch.BoolTensor, most: int = 400
 ) -> Text:
     """
-    The decoded beginning of a row, its trained tokens in colour.
+    The decoded beginning of a row, its trained tokens in colour and between [[ and ]].
 
     Args:
         ids, mask (`[length]`): a row and its loss mask.
@@ -21,6 +21,7 @@ def preview(
     text, start = Text(), 0
     for end in range(1, len(ids) + 1):
         if end == len(ids) or mask[end] != mask[start]:  # runs, because a character may be several tokens
-            text.append(tokenizer.decode(ids[start:end]), style=TRAINED if mask[start] else "dim")
+            part = tokenizer.decode(ids[start:end])
+            text.append(f"[[{part}]]" if mask[start] else part, style=TRAINED if mask[start] else "dim")
             start = end
     return text

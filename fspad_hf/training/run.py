@@ -2,30 +2,28 @@
 
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
+from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .. import host
 from ..configuration_fspad import FSPADConfig
 from ..host import note_commit
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import check_reachable, quiet_transformers
-from .checkpoints import has_checkpoint
-from .config import DataConfig, TrainingConfig
-from .data import HELD_OUT_SHARE, TrainingRows, load_training_rows
-from .frozen import FrozenTarget, TargetFeatures
-from .interrupt import TrainingInterrupted
+from .arguments import FSPADTrainingArguments
+from .callbacks import LogLines, TrainingInterrupted
+from .curve import write_curve
+from .data import HELD_OUT_SHARE, DataConfig, TrainingRows, load_training_rows
 from .plan import make_plan, print_plan
-from .tracking import TrainingDisplay, check_trackers
-from .trainer import CHECKPOINTS, START, train
-from .warm_start import warm_start
+from .provenance import START
+from .trainer import FSPADTrainer, last_checkpoint
 
-WARM_START_ROWS = 128
 NOT_TAKEN_OVER = (  # of the configuration of the draft to start from: what is its target's, and its weights'
     "vocab_size", "max_position_embeddings", "target_name_or_path", "target_model_type", "pad_token_id",
     "bos_token_id", "eos_token_id", "weights_sha256",
@@ -35,10 +33,8 @@ NOT_TAKEN_OVER = (  # of the configuration of the draft to start from: what is i
 def run_training(
     target: str,
     data: DataConfig | Sequence[str],
-    config: TrainingConfig,
+    args: FSPADTrainingArguments,
     rows: int | None = None,
-    keep_features: bool = False,
-    linear_start: bool = True,
     draft_vocab_size: int | None = None,
     draft_overrides: dict | None = None,
     start_from: str | None = None,
@@ -48,7 +44,8 @@ def run_training(
     plan: bool = False,
 ) -> FSPADDraftModel | None:
     """
-    Trains a draft for `target` and saves it, with the target's tokenizer, in `config.output_dir`.
+    Trains a draft for `target` and saves it, with the target's tokenizer, in `args.output_dir`; a run that was
+    interrupted goes on where it stood.
 
     Under `accelerate launch` every process calls it. The main one goes first where files are made (`regenerate`,
     caches of data sets), and its fresh draft is everybody's.
@@ -56,10 +53,10 @@ def run_training(
     Args:
         target: path or Hub id; its chat template tells which tokens are the assistant's.
         data: a [`DataConfig`], or what its `data` takes.
-        rows: train on so many, chosen by `config.seed`; default all but the held-out last ones, which validate.
-        keep_features: hold the target's features in memory (2 h bytes a token) for later epochs.
-        linear_start: begin at the best linear guess, see [`warm_start`].
-        draft_vocab_size: draft only the most frequent ids of the data; default all, or those of `start_from`.
+        rows: train on so many, the same ones whatever the seed; default all that hold an answer, but for the held-out
+            last ones.
+        draft_vocab_size: draft only the most frequent ids of the answers; default 16,384, or those of `start_from`;
+            0 is all.
         draft_overrides: other fields of [`FSPADConfig`].
         start_from: path or Hub id of a draft whose weights and configuration to begin with: one of the model that
             `target` was fine-tuned from, or one to train further.
@@ -69,70 +66,75 @@ def run_training(
         plan: print what would be done, and do nothing.
 
     Raises:
-        ValueError, OSError, FloatingPointError: as [`load_training_rows`] and [`train`].
+        ValueError, OSError, FloatingPointError: as [`load_training_rows`] and [`FSPADTrainer`].
     """
     from rich.console import Console
 
-    state = patient_accelerator()
-    console = Console(quiet=not state.is_main_process)
+    console = Console(quiet=args.process_index > 0)
     data = data if isinstance(data, DataConfig) else DataConfig(data)
-    check_trackers(config.report_to)
+    check_trackers(args.report_to)
     check_reachable(target, "target")
-    draft_fields = {**(draft_overrides or {}), "draft_vocab_size": draft_vocab_size}
-    start = None
+    draft_fields, start = {**(draft_overrides or {}), "draft_vocab_size": draft_vocab_size}, None
     if start_from:
         check_reachable(start_from, "start_from")
         with quiet_transformers():
             start = FSPADDraftModel.from_pretrained(start_from, dtype=torch.float32)
         draft_fields = _started_fields(start.config, draft_fields)
+        args = replace(args, linear_start=False)
     tokenizer = AutoTokenizer.from_pretrained(target)
-    planned = make_plan(target, draft_fields, keep_features, start)
-    with state.main_process_first():
+    planned = make_plan(target, draft_fields, args.keep_features, start)
+    draft_fields["draft_vocab_size"] = planned.draft_vocab_size
+    with args.main_process_first():
         model, sources = None, data.data
         if data.regenerate and not plan:
-            model = load_target(target, dtype, device_map, state.device)
-            sources = regenerated(model, tokenizer, data, config)
+            model = load_target(target, dtype, device_map, args.device)
+            sources = regenerated(model, tokenizer, data, args)
         found = load_training_rows(
             sources, tokenizer, data.row_length, data.split, () if model else data.exclude, planned.vocab_size
         )
-    chosen, held_out = _choose(found, rows, config.seed)
+    chosen, held_out, dropped = _choose(found, rows)
     if plan:
-        print_plan(planned, target, data, config, chosen, held_out, console)
+        print_plan(planned, target, data, args, chosen, held_out, console)
+        _describe(chosen, held_out, dropped, tokenizer, console)
         return None
-    model = model or load_target(target, dtype, device_map, state.device)
-    draft = _make_draft(model, draft_fields, config.seed, start)
-    if draft_vocab_size is not None:
-        trained = found[: len(found.ids) - found.held_out]
-        draft.draft_vocab_ids = frequent_ids(trained.tokens.numpy(), draft_vocab_size)
+    model = model or load_target(target, dtype, device_map, args.device)
+    draft = _make_draft(model, draft_fields, args.seed, start)
+    if draft.draft_vocab_ids is not None and (start is None or draft_vocab_size):
+        answers = found[: len(found) - found.held_out]
+        draft.draft_vocab_ids = frequent_ids(answers.ids[answers.mask].numpy(), len(draft.draft_vocab_ids))
     if target_name:
         draft.config.target_name_or_path = target_name
-    draft.to(state.device)
-    features = TargetFeatures(model, keep=keep_features)
-    linear_start = linear_start and start is None
-    if linear_start and state.is_main_process and not has_checkpoint(Path(config.output_dir) / CHECKPOINTS):
-        embedding = FrozenTarget(model, state.device).embed
-        warm_start(draft, embedding, _warm_start_batches(chosen, features, state.device))
-    _describe(chosen, held_out, tokenizer, console)
+    _describe(chosen, held_out, dropped, tokenizer, console)
     about = {"target": target_name or public_name(target), "data": [public_name(source) for source in data.data]}
-    about |= {"linear_start": linear_start, "regenerated": data.regenerate}
+    about |= {"linear_start": args.linear_start, "regenerated": data.regenerate}
     if start is not None:
         about |= {"start_from": public_name(start_from), START: start.config.weights_sha256}
+    trainer = FSPADTrainer(draft, model, args, chosen, held_out, tokenizer, about)
+    if not sys.stdout.isatty() or args.disable_tqdm:
+        for bar in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):
+            trainer.remove_callback(bar)
+        trainer.add_callback(LogLines())
     try:
-        with TrainingDisplay(config, console) as display:
-            return train(
-                draft, model, chosen.ids, chosen.mask, config, features, display, tokenizer, chosen.segments,
-                held_out, about,
-            )  # fmt: skip
+        with quiet_transformers():
+            trainer.train(last_checkpoint(args.output_dir))
     except TrainingInterrupted as interrupted:
-        if state.is_main_process:
+        if args.process_index == 0:
             print(interrupted, file=sys.stderr)
         raise
+    trainer.save_model()
+    if args.process_index == 0:
+        console.print(trainer.bounds(), highlight=False, soft_wrap=True)
+        write_curve(Path(args.output_dir) / "loss.svg", trainer.state.log_history)
+    return draft.eval()
 
 
-def patient_accelerator() -> Accelerator:
-    """One whose processes wait for the main one for as long as it regenerates, or measures."""
-    waiting = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(mixed_precision="no", kwargs_handlers=[waiting])
+def check_trackers(names: list[str]) -> None:
+    """`ValueError` for a tracker that transformers does not know, or whose package is not installed."""
+    for kind in get_reporting_integration_callbacks(names):
+        try:
+            kind()
+        except RuntimeError as error:
+            raise ValueError(f"report_to={names}: {error}") from error
 
 
 def public_name(name: str) -> str:
@@ -146,13 +148,14 @@ def load_target(target: str, dtype: torch.dtype, device_map, device: torch.devic
         return note_commit(host.load_target(target, dtype=dtype, device_map=device_map)).eval()
 
 
-def _choose(found: TrainingRows, rows: int | None, seed: int) -> tuple[TrainingRows, TrainingRows]:
-    """What is trained on, and what is held out."""
-    available = len(found.ids) - found.held_out
-    if rows is not None and not 0 < rows <= available:
-        raise ValueError(f"rows={rows}, but the data has {available} (and {found.held_out} held out).")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(available)[:rows])
-    return found[order], found[available:]
+def _choose(found: TrainingRows, rows: int | None) -> tuple[TrainingRows, TrainingRows, int]:
+    """What is trained on, what is held out, and how many rows hold no answer, which are left out."""
+    available = len(found) - found.held_out
+    answered = found[:available].counted().mask.any(1).nonzero()[:, 0]
+    if rows is not None and not 0 < rows <= len(answered):
+        raise ValueError(f"rows={rows}, but the data has {len(answered)} (and {found.held_out} held out).")
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(answered))[:rows])
+    return found[answered[order]], found[available:], available - len(answered)
 
 
 def _make_draft(model: PreTrainedModel, fields: dict, seed: int, start: FSPADDraftModel | None) -> FSPADDraftModel:
@@ -179,30 +182,31 @@ def _started_fields(start: FSPADConfig, fields: dict) -> dict:
     return {name: getattr(start, name) for name in FSPADConfig.__annotations__ if name not in NOT_TAKEN_OVER} | given
 
 
-def _describe(rows: TrainingRows, held_out: TrainingRows, tokenizer: PreTrainedTokenizerBase, console):
+def _describe(
+    rows: TrainingRows, held_out: TrainingRows, dropped: int, tokenizer: PreTrainedTokenizerBase, console
+) -> None:
     """What is trained on, for human eyes: a loss mask gone wrong shows here and nowhere else."""
     from .preview import preview
 
-    answered = rows.mask.any(1).nonzero()
-    console.print("A row of the data, what is trained on in green:")
-    console.print(preview(tokenizer, *rows.row(int(answered[0]) if len(answered) else 0)))
-    share = f"{float(rows.mask.float().mean()):.0%}"
-    console.print(
-        f"{len(rows.ids)} rows of {rows.ids.shape[1]}, {share} in the loss; {len(held_out.ids)} held out to validate",
-        highlight=False,
-    )
-    if not len(held_out.ids):
+    console.print("A row of the data, what is trained on in green and between [[ and ]]:")
+    console.print(preview(tokenizer, *rows.row(0)))
+    told = f"{len(rows)} rows of {rows.ids.shape[1]}, {float(rows.mask.float().mean()):.0%} in the loss"
+    told += f"; {len(held_out)} held out to validate"
+    if dropped:
+        told += f"; {dropped} left out, for they hold no answer"
+    console.print(told, highlight=False)
+    if not len(held_out):
         console.print(
-            f"Warning: of {len(rows.ids)} rows none is held out, so nothing tells how good the draft gets: its last "
+            f"Warning: of {len(rows)} rows none is held out, so nothing tells how good the draft gets: its last "
             f"weights are saved, and its coupling is not fitted. Take {HELD_OUT_SHARE} rows or more.",
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
 
 
 def regenerated(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataConfig, config: TrainingConfig
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: DataConfig, args: FSPADTrainingArguments
 ) -> list[str]:
-    """The conversations of `data` answered by the target itself, as files under `config.output_dir`."""
+    """The conversations of `data` answered by the target itself, as files under `args.output_dir`."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -215,24 +219,16 @@ def regenerated(
         raise ValueError(f"data={rows} are rows of tokens: only conversations can be regenerated.")
     excluded = load_excluded(data.exclude)
     conversations = [c for source in data.data for c in load_conversations(str(source), data.split)]
-    with Progress(console=Console(stderr=True), disable=not PartialState().is_main_process) as progress:
+    with Progress(console=Console(stderr=True), disable=args.process_index > 0) as progress:
         task = progress.add_task("regenerating", total=len(conversations))
         files = regenerate(
-            model, tokenizer, conversations, Path(config.output_dir) / "regenerated", data.regenerate_temperature,
-            data.regenerate_tokens, data.row_length, data.regenerate_rows, config.seed, excluded,
+            model, tokenizer, conversations, Path(args.output_dir) / "regenerated", data.regenerate_temperature,
+            data.regenerate_tokens, data.row_length, data.regenerate_rows, args.seed, excluded,
             lambda done: progress.update(task, completed=done),
         )  # fmt: skip
     if not files:
         raise ValueError(f"data={list(data.data)}: no conversation's first prompt fits in {data.row_length} tokens.")
     return [str(file) for file in files]
-
-
-def _warm_start_batches(rows: TrainingRows, features: TargetFeatures, device: torch.device):
-    for start in range(0, min(WARM_START_ROWS, len(rows.ids)), 8):
-        numbers = list(range(start, min(start + 8, len(rows.ids))))
-        some = rows[numbers]
-        ids = some.ids.to(device)
-        yield ids, features(numbers, ids, some.segments), some.segments
 
 
 def frequent_ids(tokens: np.ndarray, count: int) -> torch.LongTensor:

@@ -55,11 +55,11 @@ class ShardFolder:
     def name(self, number: int) -> str:
         return f"{self.prefix}-{number:05d}{self.suffix}"
 
-    def add(self, content: bytes, counts: dict[str, int]) -> None:
-        """Writes the next shard and then the manifest, each whole or not at all."""
+    def add(self, content: bytes, counts: dict[str, int], **about) -> None:
+        """Writes the next shard and then the manifest, each whole or not at all; `about` is told of the shard."""
         name = self.name(len(self.shards))
         write_file(self.path / name, content)
-        self.shards.append({"file": name, "sha256": hashlib.sha256(content).hexdigest(), **counts})
+        self.shards.append({"file": name, "sha256": hashlib.sha256(content).hexdigest(), **counts, **about})
         for key, count in counts.items():
             self.totals[key] = self.totals.get(key, 0) + count
         write_json(self.path / MANIFEST, self.manifest)

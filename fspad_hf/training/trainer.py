@@ -1,295 +1,356 @@
-"""The training loop: the target's features online, the two losses, one AdamW step after another (accelerate)."""
+"""Training a draft as transformers trains models; ours are the loss, the target, and how to evaluate."""
 
-import math
+import json
+import os
+import shutil
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerState, default_data_collator
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..modeling_fspad import FSPADDraftModel
-from .checkpoints import Checkpoints, Progress
-from .config import TrainingConfig
+from ..runtime import changed_settings, counted, write_json
+from .arguments import FSPADTrainingArguments
+from .callbacks import Interrupts, StepChecks, TrainingInterrupted
 from .coupling import fit_coupling
 from .data import TrainingRows
-from .frozen import FrozenTarget, TargetFeatures
-from .interrupt import Interrupts, TrainingInterrupted, noticed_interrupts
 from .losses import Objective, draft_loss
-from .packing import continues
-from .provenance import make_provenance, run_settings, save_draft
-from .schedule import learning_rate_at, noise_seeds, step_rows
-from .tracking import check_trackers, trackers
+from .provenance import SETTINGS, START, make_provenance, read_provenance, run_settings, save_draft
+from .targets import FrozenTarget, KeptOutputs, TargetOutputs
 from .validation import documents, validate
+from .warm_start import warm_start
 
-CHECKPOINTS = "checkpoint"  # in the output folder
-START = "start_sha256"
+AUTOCAST = ("forward", "_original_forward")  # of a module that accelerate has prepared
 COUPLING_ROWS = 48
-SUMS = ("feature", "logit", "top1")
+LINEAR_START_ROWS = 128
+IN_MEMORY = ("memory", "true")
+SUMS = ("feature", "logit", "top1", "positions")
 
 
-def train(
-    draft: FSPADDraftModel,
-    target: PreTrainedModel,
-    rows: torch.LongTensor,
-    masks: torch.BoolTensor,
-    config: TrainingConfig,
-    features: Callable[[list[int], torch.LongTensor], torch.Tensor] | None = None,
-    report: Callable[[dict], None] = lambda record: None,
-    tokenizer=None,
-    segments: torch.LongTensor | None = None,
-    held_out: TrainingRows | None = None,
-    about: dict[str, object] | None = None,
-) -> FSPADDraftModel:
+class FSPADTrainer(Trainer):
     """
-    Trains `draft` in place and saves it under `config.output_dir`; picks an interrupted run up where it stood. Each
-    step's record is a line of losses.jsonl there.
+    Trains a draft for a frozen target, by all the means of [`~transformers.Trainer`]: callbacks, `report_to`,
+    schedules, checkpoints, accelerate's distributed strategies.
 
-    Under `accelerate launch` every process calls it with the same arguments, and each step's rows are shared out. The
-    main process's draft is everybody's, and it alone writes files and reports.
+        trainer = FSPADTrainer(model=draft, target=target, args=args, train_dataset=rows, processing_class=tokenizer)
+        trainer.train()
+        trainer.save_model()
+
+    Under `accelerate launch` every process makes one with the same arguments.
 
     Args:
-        draft: fp32 weights; it is moved to accelerate's device.
-        target: frozen, wherever and however it runs: on another device, split by a device map, quantised.
-        rows (`[rows, length]`), masks (`[rows, length]`): token ids, and True on the assistant's tokens.
-        features: as [`TargetFeatures`], which is the default.
-        tokenizer: the target's, saved with the draft.
-        segments (`[rows, length]`): of packed rows, see [`pack`]; `features` is then called with the batch's, too.
-        held_out: rows to validate on (see [`validate`]) and to fit coupled drafting to. With them, the weights that
-            validated best are the ones saved; without them, the last.
-        report: called with a record (step, loss, feature, logit, top1, tokens, learning_rate) after each step; where a
-            validation took place its numbers are in it, too, as validation_loss and so on.
-        about: what else training.json should say, or say otherwise: scalars and lists of them. A run of another
-            `start_sha256`, the weights that the draft begins with, is another run.
+        model: the draft, in float32; trained in place.
+        target: on one device or on several, quantised or not; it stays as it is.
+        args: its `keep_features` reads the target once instead of at every step.
+        train_dataset: `input_ids`, `labels` (-100 where a token is not the assistant's) and, of packed rows,
+            `position_ids` that start again with each document: a `datasets.Dataset`, or anything [`TrainingRows.of`]
+            takes.
+        eval_dataset: held-out rows of the same kind, to evaluate on and to fit coupled drafting to. Without them the
+            last weights are kept, with them those of the best `metric_for_best_model`: tau, coupled_tau, loss, top1,
+            ... (see [`validate`]).
+        processing_class: the target's tokenizer, saved with the draft.
+        about: what else training.json should say, or say otherwise: scalars and lists of them.
+        kwargs: callbacks, optimizers, ...: as for [`~transformers.Trainer`].
 
     Raises:
-        ValueError: nothing to train on, masks that keep nothing, settings that do not fit, a checkpoint of another
-            run.
-        FloatingPointError: the loss or a gradient is not a finite number; the last checkpoint stands.
-        OSError: a checkpoint cannot be written; the last one stands.
-        TrainingInterrupted: Ctrl-C (or SIGTERM) came; a checkpoint was written first.
+        ValueError: nothing to train on, a draft that is not in float32, arguments that do not fit the rows.
     """
-    check_trackers(config.report_to)
-    accelerator = Accelerator(
-        mixed_precision="no",  # autocast is ours: accelerate's cannot change between two runs of one process
-        log_with=list(config.report_to) or None,
-        project_dir=str(Path(config.output_dir) / "runs"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
-    data = _counted(TrainingRows(rows, masks, segments))
-    _check(draft, data, config, accelerator)
-    target = target.eval().requires_grad_(False)
-    frozen = FrozenTarget(target, accelerator.device)
-    frozen.check_sampling(config.head_sample)
-    objective = Objective(config.self_steps, config.self_step_decay, config.top_k_weight, config.top_k)
-    held_out = held_out if held_out is not None and len(held_out.ids) else None
-    features = features or TargetFeatures(target)
-    run = _Run(accelerator, config, objective, draft, target, frozen, features, data, held_out)
 
-    settings = run_settings(draft, target, data, held_out, config)
-    settings |= {name: value for name, value in (about or {}).items() if name == START}
-    _check_agreement(settings, accelerator)
-    draft.to(accelerator.device).train()
-    optimizer = torch.optim.AdamW(draft.parameters(), betas=config.betas, weight_decay=config.weight_decay, fused=True)
-    checkpoints = Checkpoints(Path(config.output_dir) / CHECKPOINTS, settings)
-    progress = checkpoints.load(draft, optimizer)
-    model = accelerator.prepare(draft)
+    def __init__(
+        self,
+        model: FSPADDraftModel,
+        target: PreTrainedModel,
+        args: FSPADTrainingArguments,
+        train_dataset,
+        eval_dataset=None,
+        processing_class=None,
+        about: dict[str, object] | None = None,
+        callbacks: Iterable = (),
+        **kwargs,
+    ):
+        self.rows, self.held_out = TrainingRows.of(train_dataset).counted(), None
+        if eval_dataset is not None and len(eval_dataset):
+            self.held_out = TrainingRows.of(eval_dataset)
+        _check(model, self.rows, args)
+        if self.held_out is None:
+            args.eval_strategy, args.load_best_model_at_end = "no", False
+        args._n_gpu = min(args.n_gpu, 1)  # several take accelerate launch: torch's DataParallel copies at every step
+        self.interrupts = Interrupts()
+        dataset = _Numbered(self.rows)
+        super().__init__(
+            model, args, default_data_collator, dataset, None if self.held_out is None else _Numbered(self.held_out),
+            callbacks=[StepChecks(self.held_out is not None), self.interrupts, *callbacks], **kwargs,
+        )  # fmt: skip
+        model.config.__dict__.pop("use_cache", None)  # which Trainer sets, and no draft has
+        model.main_input_name = "input_ids"  # whose tokens Trainer counts
+        self.model_accepts_loss_kwargs = True  # the loss is divided by the positions of the whole step
+        self.dataset, self.tokenizer, self.about = dataset, processing_class, about or {}
+        self.frozen = FrozenTarget(target.eval().requires_grad_(False), args.device, args.target_top_k)
+        self.objective = Objective(args.self_steps, args.self_step_decay, args.top_k_weight, args.top_k)
+        self.settings = run_settings(args, model, target, self.rows, self.held_out)
+        self.settings |= {name: value for name, value in self.about.items() if name == START}
+        _check_agreement(self.settings, args.process_index)
+        self.drafted = None if model.draft_vocab_ids is None else model.draft_vocab_ids.clone()
+        self.sums = torch.zeros(len(SUMS), device=args.device)
+        self.kept: KeptOutputs | None = None
+        self.seconds: Counter[str] = Counter()  # of this process, by what they went to
+        self.seconds_before = 0.0  # of the sittings before this one
 
-    with noticed_interrupts() as interrupts, trackers(accelerator, config, progress.step) as track:
-        for step in range(progress.step, config.steps):
-            began, last = time.perf_counter(), step + 1 == config.steps
-            record, stopped = _gradients(run, model, step, interrupts)
-            accelerator.clip_grad_value_(draft.parameters(), config.clip_value)
-            for group in optimizer.param_groups:
-                group["lr"] = record["learning_rate"]
-            optimizer.step()
-            optimizer.zero_grad()
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        As [`~transformers.Trainer.train`], with coupled drafting fitted at the end.
 
-            progress.step, progress.record = step + 1, {name: record[name] for name in ("loss", *SUMS)}
-            validating = held_out is not None and (last or _every(config.validate_every, step + 1))
-            if validating:
-                record |= _validate(run, progress)
-            progress.seconds += time.perf_counter() - began
-            track(record)  # before the checkpoint: what a resumed run has lost it also logs again
-            if validating or last or stopped or _every(config.checkpoint_every, step + 1):
-                checkpoints.save(draft, optimizer, progress)
-            if accelerator.is_main_process:
-                report(record)
-            if stopped:
-                raise TrainingInterrupted(step + 1, config)
-    return _finish(run, checkpoints, progress, tokenizer, about or {})
+        Args:
+            resume_from_checkpoint: a folder, or True for the newest whole checkpoint in the output folder; a run that
+                was killed goes on along the curve it would have had.
+
+        Raises:
+            ValueError: a checkpoint of another run.
+            FloatingPointError: the loss or a gradient is not a finite number; the last checkpoint stands.
+            OSError: a checkpoint cannot be written; the last one stands.
+            TrainingInterrupted: Ctrl-C (or SIGTERM) came; a checkpoint was written first.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+        output = None
+        if resume_from_checkpoint:
+            self.seconds_before = self._check_checkpoint(resume_from_checkpoint)
+        if not (resume_from_checkpoint and self._take_up_ended_run(Path(resume_from_checkpoint))):
+            self._keep_features()
+            if self.args.linear_start and not resume_from_checkpoint:
+                warm_start(self.model, self.frozen.embed, self._linear_start_batches())
+            began = time.perf_counter()
+            try:
+                output = super().train(resume_from_checkpoint, **kwargs)
+            finally:
+                self.interrupts.restore()
+            self.seconds["everything"] += time.perf_counter() - began
+            if self.interrupts.came:
+                raise TrainingInterrupted(self.state, self.args)
+        for name in AUTOCAST:
+            self.model.__dict__.pop(name, None)
+        self.about |= self._fit_coupling()
+        return output
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The step's part of the loss: [`draft_loss`], divided by the positions of the whole step."""
+        args, began = self.args, time.perf_counter()
+        ids, segments, mask = inputs["input_ids"], inputs.get("segments"), inputs["labels"] >= 0
+        if "features" in inputs:
+            known = TargetOutputs(inputs["features"], inputs["top_ids"], inputs["top_log_probs"])
+        else:
+            known = self.frozen(ids, mask, segments).to(args.device)
+        self.seconds["the target"] += time.perf_counter() - began
+        with self.accelerator.autocast():
+            sums = draft_loss(
+                model, self.frozen, ids, known, mask, segments, self.drafted, args.noise, self._noise_seeds(inputs),
+                self.objective,
+            )  # fmt: skip
+            loss = args.feature_weight * sums.feature + args.logit_weight * sums.logit
+        self.sums += torch.stack([getattr(sums, name).detach().to(self.sums) for name in SUMS])
+        everyones = self.accelerator.num_processes if args.average_tokens_across_devices else 1
+        return loss / num_items_in_batch.clamp(min=1) * everyones  # gradients are averaged over processes
+
+    def training_step(self, *args, **kwargs):
+        began, before = time.perf_counter(), self.seconds["the target"]
+        loss = super().training_step(*args, **kwargs)
+        self.seconds["the draft"] += time.perf_counter() - began - (self.seconds["the target"] - before)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            feature, logit, top1, positions = self.accelerator.reduce(self.sums, reduction="sum").tolist()
+            self.sums.zero_()
+            logs |= {name: value / max(positions, 1) for name, value in zip(SUMS, (feature, logit, top1))}  # noqa: B905
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """[`validate`], shared out over the processes."""
+        began = time.perf_counter()
+        rows = self.held_out if eval_dataset is None else TrainingRows.of(eval_dataset)
+        place = self.accelerator.process_index, self.accelerator.num_processes
+
+        def reduce(sums: torch.Tensor) -> torch.Tensor:
+            return self.accelerator.reduce(sums.to(self.args.device), reduction="sum") if place[1] > 1 else sums
+
+        with self._bare_draft() as draft:
+            found = validate(draft, self.frozen.model, rows, self.args, *place, reduce)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        if (wanted := f"{metric_key_prefix}_{self.args.metric_for_best_model}") not in metrics and "tau" in wanted:
+            metrics[wanted] = 1.0  # no text was long enough to simulate
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.seconds["evaluation"] += time.perf_counter() - began
+        return metrics
+
+    def bounds(self) -> str:
+        """What the time of this sitting went to, as "2,104 tokens/s: the draft 61 %, ..."."""
+        seconds = {name: value for name, value in self.seconds.items() if name != "everything"}
+        if not (whole := self.seconds["everything"]):
+            return "nothing was left to train"
+        seconds["reading rows, checkpoints and the optimizer"] = whole - sum(seconds.values())
+        tokens = self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen
+        shares = [f"{name} {value / whole:.0%}" for name, value in sorted(seconds.items(), key=lambda part: -part[1])]
+        told = f"{tokens / whole:,.0f} tokens/s: {', '.join(shares)}"
+        if seconds["the target"] > 0.3 * whole and self.kept is None:
+            told += ". The target is read at every step: keep_features reads it once"
+        return told
+
+    def _keep_features(self) -> None:
+        """[`KeptOutputs`], made by the main process and read by all."""
+        keep = self.args.keep_features
+        if not keep:
+            return
+        folder = None if keep is True or str(keep).lower() in IN_MEMORY else keep
+        if folder is None or self.args.process_index == 0:
+            self.kept = KeptOutputs(self.frozen, self.rows, folder)
+            with counted("shards of features", len(self.kept.starts) - self.kept.made) as advance:
+                self.kept.fill(advance)
+        self.accelerator.wait_for_everyone()
+        self.kept = self.dataset.kept = self.kept or KeptOutputs(self.frozen, self.rows, folder)
+
+    def _linear_start_batches(self):
+        for start in range(0, min(LINEAR_START_ROWS, len(self.rows)), self.args.per_device_train_batch_size):
+            part = slice(start, start + self.args.per_device_train_batch_size)
+            rows = self.rows[part]
+            ids = rows.ids.to(self.args.device)
+            if self.kept is None:
+                features = self.frozen.features(ids, rows.segments)
+            else:
+                features = torch.stack([self.kept[row]["features"] for row in range(len(self.rows))[part]])
+            yield ids, features.to(self.args.device, torch.float32), rows.segments
+
+    def _noise_seeds(self, inputs) -> list[int]:
+        """One a row, by the step and the row: the same noise however rows are spread, and in a resumed run."""
+        base = (self.args.seed << 40) + (self.state.global_step << 20)
+        return [(base + row) % (1 << 63) for row in inputs["row"].tolist()]
+
+    @contextmanager
+    def _bare_draft(self):
+        """The draft without the autocast that accelerate puts around its forward, which a copy would keep."""
+        draft = self.accelerator.unwrap_model(self.model)
+        wrapped = {name: draft.__dict__.pop(name) for name in AUTOCAST if name in draft.__dict__}
+        try:
+            yield draft
+        finally:
+            draft.__dict__.update(wrapped)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """The draft, its tokenizer and training.json, in place of Trainer's pickled arguments."""
+        if not self.args.should_save:
+            return
+        seconds = self.seconds_before + sum(self.seconds.values())
+        told = make_provenance(self, seconds) | self.about
+        with self._bare_draft() as draft:
+            save_draft(draft, Path(output_dir or self.args.output_dir), self.tokenizer, told, state_dict)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        try:
+            if self.args.should_save:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_json(folder / SETTINGS, self.settings)
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            before = last_checkpoint(self.args.output_dir)
+            stands = f"{str(before)!r} stands" if before else "there is none before it"
+            raise OSError(
+                f"The checkpoint {str(folder)!r} cannot be written ({getattr(error, 'strerror', None) or error}); "
+                f"{stands}. Make room there and run the same command again: it goes on from the last checkpoint."
+            ) from error
+
+    def _check_checkpoint(self, folder: str | os.PathLike) -> float:
+        """That a checkpoint is of this run; the seconds it took to get there."""
+        path = Path(folder) / SETTINGS
+        theirs = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if changes := changed_settings(theirs, self.settings):
+            raise ValueError(
+                f"The checkpoint in {str(folder)!r} is of other settings ({changes}): repeat the first ones to go on, "
+                "delete it to begin again, or name another output."
+            )
+        return read_provenance(Path(folder)).get("seconds", 0.0)
+
+    def _take_up_ended_run(self, folder: Path) -> bool:
+        """Whether the checkpoint is of a run's last step, from which Trainer would do one more; if so it is loaded."""
+        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if state.global_step < state.max_steps:
+            return False
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best or str(folder))
+        self.state, self.is_in_train = state, False
+        return True
+
+    def _fit_coupling(self) -> dict[str, float]:
+        """[`fit_coupling`] on the main process; its outcome is everybody's. What to record of it."""
+        if self.held_out is None or not self.args.coupling_positions:
+            return {}
+        draft, fitted = self.model, [{}]
+        if self.args.process_index == 0:
+            texts = [(ids, mask) for ids, mask in documents(self.held_out[:COUPLING_ROWS]) if mask[2:].any()]
+            if texts:
+                texts = [nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*texts, strict=True)]
+                draft.eval()
+                fitted = [fit_coupling(draft, self.frozen.model, *texts, self.args.coupling_positions, self.args.seed)]
+        fitted = broadcast_object_list(fitted)[0]
+        if fitted:
+            draft.speculation_config.update(coupling_sharpness=fitted["sharpness"], coupling_kappa=fitted["kappa"])
+        return {f"coupling_{name}": value for name, value in fitted.items()}
 
 
-@dataclass
-class _Run:
-    """What does not change from step to step."""
-
-    accelerator: Accelerator
-    config: TrainingConfig
-    objective: Objective
-    draft: FSPADDraftModel
-    target: PreTrainedModel
-    frozen: FrozenTarget
-    features: Callable
-    data: TrainingRows
-    held_out: TrainingRows | None
-
-    @cached_property
-    def frequent(self) -> torch.LongTensor:
-        """All ids of the vocabulary, the most frequent in the data first."""
-        counts = self.data.tokens.bincount(minlength=self.target.config.get_text_config().vocab_size)
-        return counts.argsort(descending=True, stable=True)
-
-    def head(self, step: int) -> Callable:
-        config = self.config
-        if not config.head_sample:
-            return self.frozen.head
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        return self.frozen.sampled_head(self.frequent[: config.head_sample], config.head_extra, generator)
+def last_checkpoint(folder: str | os.PathLike) -> str | None:
+    """The newest whole checkpoint in an output folder: its state is the last file of it to be written."""
+    found = []
+    for state in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}"):
+        try:
+            found.append((TrainerState.load_from_json(str(state)).global_step, str(state.parent)))
+        except (OSError, ValueError, TypeError):
+            continue  # it was being written when the run was killed
+    return max(found)[1] if found else None
 
 
-def _gradients(run: _Run, model: nn.Module, step: int, interrupts: Interrupts) -> tuple[dict[str, float], bool]:
-    """
-    The step's gradients, micro-batch by micro-batch, averaged over the masked positions of all processes.
+class _Numbered(Dataset):
+    """Rows as a batch needs them, with their numbers and, where it is kept, what the target makes of them."""
 
-    Returns:
-        The step's record, and whether a process was interrupted; the same on every process.
-    """
-    config, accelerator, device = run.config, run.accelerator, run.accelerator.device
-    torch.manual_seed(config.seed * 1_000_003 + step)  # nothing draws from it unless the draft has dropout
-    everyones, head = step_rows(len(run.data.ids), step, config), run.head(step)
-    positions = max(int(run.data.mask[everyones][:, 1:].sum()), 1)
-    mine = slice(accelerator.process_index, None, accelerator.num_processes)
-    chosen, seeds = everyones[mine], noise_seeds(step, config)[mine]
-    sums = torch.zeros(len(SUMS) + 1, device=device)
-    for start in range(0, len(chosen), config.micro_rows):
-        micro = slice(start, start + config.micro_rows)
-        numbers, batch = chosen[micro], run.data[chosen[micro]]
-        ids, mask = batch.ids.to(device).long(), batch.mask.to(device)
-        parts = None if batch.segments is None else batch.segments.to(device)
-        known = run.features(numbers, ids) if parts is None else run.features(numbers, ids, parts)
-        last = start + config.micro_rows >= len(chosen)
-        with nullcontext() if last else accelerator.no_sync(model):  # gradients cross processes once a step
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
-                part = draft_loss(
-                    model, run.frozen.embed, head, ids, known, mask, config.noise, parts, seeds[micro], run.objective
-                )
-                loss = (config.feature_weight * part.feature + config.logit_weight * part.logit) / positions
-            accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes
-        sums[:-1] += torch.stack([getattr(part, name).detach().to(sums) for name in SUMS])
-    sums[-1] = interrupts.came
-    *totals, stopped = accelerator.reduce(sums, reduction="sum").tolist()
-    means = {name: total / positions for name, total in zip(SUMS, totals, strict=True)}
-    loss = config.feature_weight * means["feature"] + config.logit_weight * means["logit"]
-    largest = torch.nn.utils.get_total_norm([p.grad for p in run.draft.parameters()], math.inf)
-    if not (math.isfinite(loss) and largest.isfinite()):  # the weights after such a gradient would be no numbers
-        what = f"loss is {loss}" if not math.isfinite(loss) else f"largest gradient is {float(largest)}"
-        raise FloatingPointError(
-            f"The {what} at step {step + 1}: lower learning_rate={config.learning_rate}; the last good "
-            f"checkpoint stands in {Path(config.output_dir) / CHECKPOINTS}."
-        )
-    record = {"step": step + 1, "loss": loss, **means, "tokens": run.data.ids[everyones].numel()}
-    return record | {"learning_rate": learning_rate_at(step, config)}, bool(stopped)
+    def __init__(self, rows: TrainingRows, kept: KeptOutputs | None = None):
+        self.rows, self.kept = rows, kept
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        ids, mask = self.rows.ids[row], self.rows.mask[row]
+        item = {"row": torch.tensor(row), "input_ids": ids, "labels": torch.where(mask, ids, -100)}
+        if self.rows.segments is not None:
+            item["segments"] = self.rows.segments[row]
+        return item if self.kept is None else item | self.kept[row]
 
 
-def _validate(run: _Run, progress: Progress) -> dict[str, float]:
-    """[`validate`], shared out over the processes; `progress` remembers the best. What to add to the step's record."""
-    accelerator = run.accelerator
-
-    def reduce(sums: torch.Tensor) -> torch.Tensor:
-        alone = accelerator.num_processes == 1
-        return sums if alone else accelerator.reduce(sums.to(accelerator.device), reduction="sum")
-
-    place = accelerator.process_index, accelerator.num_processes
-    measured = validate(run.draft, run.target, run.held_out, run.config, *place, reduce)
-    if _better(measured, progress.best, run.config):
-        progress.best = {"step": progress.step, **measured}
-    return {f"validation_{name}": value for name, value in measured.items()}
-
-
-def _better(measured: dict[str, float], best: dict[str, float], config: TrainingConfig) -> bool:
-    """By tau, and by the loss where that is asked for, tau ties or there was nothing to simulate."""
-
-    def rank(found: dict[str, float]) -> tuple[float, float]:
-        tau = found.get("tau", 0.0) if config.best_by == "tau" else 0.0
-        return tau, -found.get("loss", math.inf)
-
-    return not best or rank(measured) > rank(best)
-
-
-def _finish(run: _Run, checkpoints: Checkpoints, progress: Progress, tokenizer, about: dict) -> FSPADDraftModel:
-    """Saves the best weights, and where they come from."""
-    accelerator, config = run.accelerator, run.config
-    draft, best = run.draft.eval(), progress.best.get("step", config.steps)
-    saved = best if best != config.steps and checkpoints.load_weights(draft, best) else config.steps
-    fitted = _fit_coupling(run)
-    if accelerator.is_main_process:
-        processes, device = accelerator.num_processes, accelerator.device
-        told = make_provenance(
-            draft, checkpoints.settings, run.data, run.held_out, config, progress, processes, device
-        )
-        told |= {"weights_of_step": saved, **fitted, **about}
-        save_draft(draft, Path(config.output_dir), tokenizer, told)
-    accelerator.wait_for_everyone()
-    return draft
-
-
-def _fit_coupling(run: _Run) -> dict[str, float]:
-    """[`fit_coupling`] on the main process; its outcome is everybody's. What to record of it."""
-    config, draft = run.config, run.draft
-    if run.held_out is None or not config.coupling_positions:
-        return {}
-    fitted = [{}]
-    if run.accelerator.is_main_process:
-        texts = [(ids, mask) for ids, mask in documents(run.held_out[:COUPLING_ROWS]) if mask[2:].any()]
-        if texts:
-            padded = [nn.utils.rnn.pad_sequence(list(parts), batch_first=True) for parts in zip(*texts, strict=True)]
-            fitted = [fit_coupling(draft, run.target, *padded, config.coupling_positions, config.seed)]
-    fitted = broadcast_object_list(fitted)[0]
-    if fitted:
-        draft.speculation_config.update(coupling_sharpness=fitted["sharpness"], coupling_kappa=fitted["kappa"])
-    return {f"coupling_{name}": value for name, value in fitted.items()}
-
-
-def _every(steps: int, step: int) -> bool:
-    return steps > 0 and step % steps == 0
-
-
-def _counted(rows: TrainingRows) -> TrainingRows:
-    """The rows with a mask that is off where no draft of the document could have guessed the token."""
-    if rows.segments is None:
-        return rows
-    return TrainingRows(rows.ids, rows.mask & continues(rows.segments), rows.segments)
-
-
-def _check(draft: FSPADDraftModel, rows: TrainingRows, config: TrainingConfig, accelerator: Accelerator) -> None:
-    if len(rows.ids) == 0 or not rows.mask[:, 1:].any():
+def _check(draft: FSPADDraftModel, rows: TrainingRows, args: FSPADTrainingArguments) -> None:
+    if len(rows) == 0 or not rows.mask[:, 1:].any():
+        raise ValueError(f"Nothing to train on: {len(rows)} rows, {int(rows.mask.sum())} of their tokens in the loss.")
+    if args.self_steps >= rows.ids.shape[1]:
         raise ValueError(
-            f"Nothing to train on: {len(rows.ids)} rows, {int(rows.mask.sum())} of their tokens in the loss."
-        )
-    if config.self_steps >= rows.ids.shape[1]:
-        raise ValueError(
-            f"self_steps={config.self_steps}, but the rows have {rows.ids.shape[1]} tokens: expected fewer steps."
+            f"self_steps={args.self_steps}, but the rows have {rows.ids.shape[1]} tokens: expected fewer steps."
         )
     if draft.dtype != torch.float32:
         raise ValueError(f"The draft is in {draft.dtype}: expected float32 weights; call draft.float() first.")
-    if config.batch_rows % accelerator.num_processes:
-        raise ValueError(
-            f"batch_rows={config.batch_rows} cannot be shared by {accelerator.num_processes} processes: expected a "
-            "multiple of them."
-        )
 
 
-def _check_agreement(settings: dict[str, object], accelerator: Accelerator) -> None:
+def _check_agreement(settings: dict[str, object], process: int) -> None:
     theirs = broadcast_object_list([settings])[0]
     if differing := [name for name, value in settings.items() if theirs[name] != value]:
         raise ValueError(
-            f"Process {accelerator.process_index} and the main process differ in {differing}: expected the same "
-            "command and files on every machine; with --regenerate, an output folder that all of them share."
+            f"Process {process} and the main process differ in {differing}: expected the same arguments and the same "
+            "data on every machine."
         )

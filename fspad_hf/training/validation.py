@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from ..generation.probe import probe
 from ..modeling_fspad import FSPADDraftModel
 from .acceptance import KnownNoise, simulate
-from .config import TrainingConfig
+from .arguments import FSPADTrainingArguments
 from .data import TrainingRows
-from .frozen import FrozenTarget, TargetFeatures, module_device
-from .losses import draft_outputs, fspad_loss
+from .losses import draft_outputs, places_of, step_losses
 from .packing import continues
+from .targets import FrozenTarget, module_device
 
 HITS = (1, 3, 10)
 SPAN_TOKENS = 128  # more of one answer tells less than some of another
@@ -48,7 +48,7 @@ def validate(
     draft: FSPADDraftModel,
     target: PreTrainedModel,
     rows: TrainingRows,
-    config: TrainingConfig,
+    args: FSPADTrainingArguments,
     part: int = 0,
     parts: int = 1,
     reduce: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums,
@@ -57,7 +57,7 @@ def validate(
     Measures a copy of `draft` in the target's dtype, beside its LM head.
 
     Args:
-        rows: held-out text; at most `config.validate_rows` of it are read, about `config.validate_tokens` simulated.
+        rows: held-out text; at most `args.eval_rows` of it are read, about `args.eval_tokens` simulated.
         part, parts, reduce: measure one share of several, and how to add up the sums (`[sums]`, float64) of all.
 
     Returns:
@@ -68,37 +68,34 @@ def validate(
     measured = copy.deepcopy(draft).eval().to(module_device(target.get_output_embeddings(), target.device))
     measured = measured.to(target.dtype)
     measured.speculation_config.coupled_drafting = True
-    rows, depth = rows[: config.validate_rows], draft.speculation_settings().tree_depth
+    rows, depth = rows[: args.eval_rows], draft.speculation_settings().tree_depth
     sums = _Sums(depth)
-    for start in range(part * ROWS_AT_ONCE, len(rows.ids), parts * ROWS_AT_ONCE):
-        _teacher_forced(measured, target, rows[start : start + ROWS_AT_ONCE], sums)
-    for number, span in enumerate(spans(rows, config.validate_tokens)):
+    for start in range(part * ROWS_AT_ONCE, len(rows), parts * ROWS_AT_ONCE):
+        _teacher_forced(measured, target, rows[start : start + ROWS_AT_ONCE], args.target_top_k, sums)
+    for number, span in enumerate(spans(rows, args.eval_tokens)):
         if number % parts == part:
-            _simulated(measured, target, span, config.seed + number, sums)
-    return sums.ratios(reduce, config)
+            _simulated(measured, target, span, args.seed + number, sums)
+    return sums.ratios(reduce, args)
 
 
-def _teacher_forced(draft, target, rows: TrainingRows, sums: "_Sums") -> None:
-    frozen = FrozenTarget(target, draft.device)
+def _teacher_forced(draft, target, rows: TrainingRows, top_k: int, sums: "_Sums") -> None:
+    frozen, drafted = FrozenTarget(target, draft.device, top_k), draft.draft_vocab_ids
+    rows = rows.counted()
     ids, mask = rows.ids.to(draft.device).long(), rows.mask.to(draft.device)
     segments = None if rows.segments is None else rows.segments.to(draft.device)
-    features = TargetFeatures(target)([], ids, segments)
-    out = draft_outputs(draft, frozen.embed, ids, features, segments=segments)
-    inside = torch.ones_like(mask) if segments is None else continues(segments)
-    mask = mask & inside
-    with torch.enable_grad():  # the loss takes its own gradient
-        losses = fspad_loss(out.logit_features, out.features, features[:, 1:], mask[:, 1:], frozen.head)
+    known = frozen(ids, mask, segments)
+    out = draft_outputs(draft, frozen, ids, known.features, segments)
+    losses = step_losses([out], [mask[:, 1:]], known, frozen, drafted)[0]
     sums.add(**{name: float(getattr(losses, name)) for name in ("feature", "logit", "top1", "positions")})
-    known = mask[:, 2:] & inside[:, 1:-1]  # the draft's output t is about token t + 2
-    drafted, tokens = out.logit_features[:, :-1][known], ids[:, 2:][known]
-    for some, truth in zip(drafted.split(POSITIONS_AT_ONCE), tokens.split(POSITIONS_AT_ONCE), strict=True):
-        logits = frozen.head(some).float()
+    inside = torch.ones_like(mask[:, 1:-1]) if segments is None else continues(segments)[:, 1:-1]
+    counted = mask[:, 2:] & inside  # the draft's output t is about token t + 2
+    guesses, tokens = out.logit_features[:, :-1][counted], ids[:, 2:][counted]
+    if drafted is not None:
+        tokens = places_of(tokens, drafted, frozen.view.text_config.vocab_size)
+    for some, truth in zip(guesses.split(POSITIONS_AT_ONCE), tokens.split(POSITIONS_AT_ONCE), strict=True):
+        logits = frozen.logits(some, drafted).float()
         truth = truth.to(logits.device)[:, None]
-        theirs = logits.gather(1, truth)
-        if draft.draft_vocab_ids is not None:
-            only = draft.draft_vocab_ids.to(logits.device)
-            logits = logits[:, only]
-            theirs = torch.where(torch.isin(truth, only), theirs, -torch.inf)
+        theirs = logits.gather(1, truth.clamp(min=0)).masked_fill(truth < 0, -torch.inf)
         ranks = (logits > theirs).sum(-1)
         sums.add(known=len(ranks), **{f"hit_{k}": int((ranks < k).sum()) for k in HITS})
 
@@ -205,12 +202,12 @@ class _Sums:
             for d in range(1, min(accepted + (not cut), self.depth) + 1):
                 self.add(**{f"{mode}tried_{d}": 1, f"{mode}accepted_{d}": d <= accepted})
 
-    def ratios(self, reduce, config: TrainingConfig) -> dict[str, float]:
+    def ratios(self, reduce, args: FSPADTrainingArguments) -> dict[str, float]:
         total = reduce(torch.tensor(list(self.values.values()), dtype=torch.float64)).tolist()
         s, found = dict(zip(self.values, total, strict=True)), {}
         if s["positions"]:
             found |= {name: s[name] / s["positions"] for name in ("feature", "logit", "top1")}
-            found["loss"] = config.feature_weight * found["feature"] + config.logit_weight * found["logit"]
+            found["loss"] = args.feature_weight * found["feature"] + args.logit_weight * found["logit"]
         if s["known"]:
             found |= {f"hit_{k}": s[f"hit_{k}"] / s["known"] for k in HITS}
         for mode in self.modes:

@@ -9,19 +9,18 @@ from .packing import continues
 
 
 @torch.no_grad()
-def warm_start(draft: FSPADDraftModel, embedding: Callable, batches: Iterable[tuple[torch.Tensor, ...]]):
+def warm_start(draft: FSPADDraftModel, embedding: Callable, batches: Iterable[tuple]):
     """
     Starts the draft at the best linear guess: `fc` solves the ridge regression f_{t+1} ~ W [e_{t+1}; f_t] + b in
     closed form, and every residual branch starts at zero.
 
     Args:
         embedding: ids `[rows, length]` -> embeddings, on the features' device.
-        batches: (ids `[rows, length]`, features `[rows, length, hidden]`) and, for packed rows, segments
-            `[rows, length]` or `None`; some 100,000 tokens are plenty.
+        batches: (ids `[rows, length]`, features `[rows, length, hidden]`, segments `[rows, length]` of packed rows or
+            `None`); some 100,000 tokens are plenty.
     """
     gram = cross = 0.0
-    for ids, features, *rest in batches:
-        segments = rest[0] if rest else None
+    for ids, features, segments in batches:
         kept = torch.ones_like(ids, dtype=torch.bool) if segments is None else continues(segments)
         kept = kept[:, 1:].to(features.device)
         x = torch.cat((embedding(ids[:, 1:]), features[:, :-1]), dim=-1)[kept].double()

@@ -11,7 +11,7 @@ def add_arguments(parser) -> None:
         "--output", dest="output_dir", required=True, metavar="DIR", help="drafts, figures, report; taken up if begun"
     )
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=(0, 1), metavar="N", help="four drafts each (default: 0 1)"
+        "--seeds", type=int, nargs="+", default=(0, 1), metavar="N", help="of FSPAD and EAGLE-2 (default: 0 1)"
     )
     parser.add_argument("--per-task", type=int, default=40, metavar="N", help="prompts a task (default: 40)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens an answer (default: 128)")
@@ -23,7 +23,7 @@ def run(**options) -> int:
     from fspad_hf.training.ablation import run_ablation
 
     def work() -> int:
-        run_ablation(**take_configs(options))
+        run_ablation(**take_configs(options, linear_start=True))
         return 0
 
     return told_once(work)

@@ -298,9 +298,9 @@ def test_preview_colours_what_is_trained():
     tokenizer = chat_tokenizer("chatml")
     ids, mask = (torch.tensor(x) for x in tokenize(tokenizer, CHAT))
     text = preview(tokenizer, ids, mask)
-    assert text.plain == TRUTH["chatml"].replace("[[", "").replace("]]", "")
+    assert text.plain == TRUTH["chatml"]
     coloured = [text.plain[span.start : span.end] for span in text.spans if span.style == TRAINED]
-    assert coloured == ["yes?<|im_end|>", "so \n.  so<|im_end|>"]
+    assert coloured == ["[[yes?<|im_end|>]]", "[[so \n.  so<|im_end|>]]"]
     assert len(preview(tokenizer, ids, mask, most=9).plain) < len(text.plain)
 
 

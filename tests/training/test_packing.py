@@ -3,17 +3,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fspad_hf.training.config import TrainingConfig
 from fspad_hf.training.conversations import tokenize
-from fspad_hf.training.frozen import TargetFeatures
+from fspad_hf.training.data import TrainingRows
 from fspad_hf.training.losses import draft_loss
 from fspad_hf.training.packing import pack, segment_mask, segment_positions
-from fspad_hf.training.trainer import train
+from fspad_hf.training.targets import FrozenTarget
 from fspad_hf.training.warm_start import warm_start
 
 from .. import tiny
 from ..conftest import fresh_draft
 from .chat import CHAT, chat_tokenizer
+from .runs import known, logged, trained
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(8, 24))
@@ -70,29 +70,28 @@ def packed_rows(tokenizer):
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt"])
 def test_a_packed_row_has_the_loss_of_its_documents_apart(name):
     tokenizer, model = chat_tokenizer("gemma"), tiny.build(name)
-    draft, embedding, head = fresh_draft(model), model.get_input_embeddings(), model.get_output_embeddings()
+    draft, target = fresh_draft(model), FrozenTarget(model)
     documents, ids, mask, segments = packed_rows(tokenizer)
     assert len(ids) < len(documents)
-    features = TargetFeatures(model)
     torch.manual_seed(0)
     for weight in draft.layer.self_attn.parameters():  # a fresh draft hardly attends to anything
         torch.nn.init.normal_(weight, std=0.5)
     with torch.no_grad():
-        made = features(list(range(len(ids))), ids, segments)
-        packed = draft_loss(draft, embedding, head, ids, made, mask, segments=segments)
+        made = target(ids, mask, segments)
+        packed = draft_loss(draft, target, ids, made, mask, segments)
         apart = []
         for tokens, kept in documents:
             tokens, kept = torch.tensor([tokens]), torch.tensor([kept])
-            apart.append(draft_loss(draft, embedding, head, tokens, features([0], tokens), kept))
+            apart.append(draft_loss(draft, target, tokens, target(tokens, kept), kept))
     for part in ("feature", "logit", "top1", "positions"):
         torch.testing.assert_close(
             getattr(packed, part).float(), sum(getattr(sums, part) for sums in apart).float(), rtol=1e-4, atol=1e-3
         )
     with torch.no_grad():
-        leaky = draft_loss(draft, embedding, head, ids, features([0], ids), mask)
-        half = draft_loss(draft, embedding, head, ids, made, mask)
+        leaky = draft_loss(draft, target, ids, target(ids, mask), mask)
+        half = draft_loss(draft, target, ids, made, mask)
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = draft_loss(draft, embedding, head, ids, made, mask, segments=segments)
+            rounded = draft_loss(draft, target, ids, made, mask, segments)
     for sums in (leaky, half):  # neither the target nor the draft may see across
         assert abs(float(sums.logit - packed.logit)) > 0.02
     torch.testing.assert_close(rounded.logit, packed.logit, rtol=0.02, atol=0)
@@ -101,11 +100,13 @@ def test_a_packed_row_has_the_loss_of_its_documents_apart(name):
 def test_noise_is_scaled_by_each_document_s_own_length(llama, monkeypatch):
     seen = []
     segments = torch.tensor([[1] * 4 + [2] * 10 + [0] * 2])
-    ids, features = torch.ones_like(segments), torch.zeros(1, 16, 32)
+    ids = torch.ones_like(segments)
+    frozen, found = known(llama, ids, segments > 0)
+    found.features.zero_()
     draft = fresh_draft(llama)
     monkeypatch.setattr(draft, "forward", lambda **kwargs: seen.append(kwargs["features"]) or real(**kwargs))
     real = type(draft).forward.__get__(draft)
-    draft_loss(draft, llama.get_input_embeddings(), llama.lm_head, ids, features, segments > 0, 0.1, segments)
+    draft_loss(draft, frozen, ids, found, segments > 0, segments, noise=0.1)
     widths = seen[0][0].abs().amax(-1)
     assert (widths[:4] <= 12.8).all() and (widths[:4] > 10).all()
     assert (widths[4:14] <= 5.12).all() and (widths[4:14] > 4).all()
@@ -114,11 +115,11 @@ def test_noise_is_scaled_by_each_document_s_own_length(llama, monkeypatch):
 def test_warm_start_does_not_see_across_documents(llama):
     tokenizer = chat_tokenizer("gemma")
     documents, ids, _, segments = packed_rows(tokenizer)
-    embedding, features = llama.get_input_embeddings(), TargetFeatures(llama)
+    embedding, target = llama.get_input_embeddings(), FrozenTarget(llama)
     drafts = [fresh_draft(llama), fresh_draft(llama)]
-    warm_start(drafts[0], embedding, [(ids, features([0], ids, segments), segments)])
+    warm_start(drafts[0], embedding, [(ids, target.features(ids, segments), segments)])
     apart = [torch.tensor([tokens]) for tokens, _ in documents]
-    warm_start(drafts[1], embedding, [(tokens, features([0], tokens)) for tokens in apart])
+    warm_start(drafts[1], embedding, [(tokens, target.features(tokens), None) for tokens in apart])
     a, b = (draft.feature_sampler.fc.weight for draft in drafts)
     torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
@@ -127,11 +128,11 @@ def test_warm_start_does_not_see_across_documents(llama):
 def test_training_on_packed_rows(llama, tmp_path):
     _, ids, mask, segments = packed_rows(chat_tokenizer("gemma"))
     ids, mask, segments = (x.repeat(4, 1) for x in (ids, mask, segments))
-    records = []
-    config = TrainingConfig(str(tmp_path), steps=12, batch_rows=2, micro_rows=2, warmup_steps=2)
-    kept = TargetFeatures(llama, keep=True)
-    train(fresh_draft(llama), llama, ids, mask, config, kept, records.append, segments=segments)
-    assert records[-1]["loss"] < records[0]["loss"]
-    torch.testing.assert_close(
-        kept([0], ids[:1], segments[:1]), TargetFeatures(llama)([0], ids[:1], segments[:1]), atol=5e-3, rtol=5e-3
-    )
+    made = trained(
+        fresh_draft(llama), llama, TrainingRows(ids, mask, segments), tmp_path, batch_rows=2, max_steps=12,
+        keep_features=True,
+    )  # fmt: skip
+    losses = [log["loss"] for log in logged(made)]
+    assert losses[-1] < losses[0]
+    kept, online = made.kept[0]["features"], FrozenTarget(llama).features(ids[:1], segments[:1])
+    torch.testing.assert_close(kept[None].float(), online, atol=5e-3, rtol=5e-3)

@@ -47,7 +47,7 @@ def test_two_processes_are_one(files, tmp_path, capsys, beyond):
     assert [line[0] for line in ours] == [line[0] for line in theirs] == [str(step) for step in range(1, 9)]
     for a, b in zip(ours, theirs, strict=True):
         assert [float(x) for x in a] == pytest.approx([float(x) for x in b], abs=2e-4)
-    assert done.stdout.count("validated at step") == 2 and done.stdout.count("A row of the data") == 1
+    assert done.stdout.count("evaluated at step") == 2 and done.stdout.count("A row of the data") == 1
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=1e-3, msg=name)
@@ -77,8 +77,8 @@ def test_a_run_killed_between_checkpoints_goes_on_as_if_nothing_had_been(files, 
     assert main([*command, str(tmp_path / "cut")]) == 0
     rest = shown_steps(capsys.readouterr().out)
     first = int(rest[0][0])
-    assert first - 1 in {40, 50, 80, 100, 120, 150, 160}  # a validation is a checkpoint, too
+    assert first - 1 in {40, 50, 80, 100, 120, 150, 160}  # an evaluation is a checkpoint, too
     assert rest == expected[first - 1 :]
     whole, cut = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert not list((tmp_path / "cut" / "checkpoint").glob(".*"))
+    assert not list((tmp_path / "cut").rglob(".*"))

@@ -2,13 +2,13 @@ import pytest
 import torch
 
 from fspad_hf.generation.drafting import Drafter
-from fspad_hf.training.config import TrainingConfig
+from fspad_hf.training.arguments import FSPADTrainingArguments
 from fspad_hf.training.data import TrainingRows
 from fspad_hf.training.validation import HindsightNoise, hindsight_noise, spans, validate
 
 from ..conftest import Oracle, fresh_draft
 
-CONFIG = TrainingConfig("unused", validate_rows=3, validate_tokens=90)
+CONFIG = FSPADTrainingArguments("unused", eval_rows=3, eval_tokens=90)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_draft_that_knows_the_text_is_accepted_to_the_full_depth(llama, rows, 
 def test_hits_and_losses_by_plain_forwards(llama, rows):
     draft = small_draft(llama)
     found, hits, agreed, known, positions = validate(draft, llama, rows, CONFIG), 0, 0, 0, 0
-    ids, mask = rows.ids[:3], rows.mask[:3]  # validate_rows
+    ids, mask = rows.ids[:3], rows.mask[:3]  # eval_rows
     with torch.no_grad():
         hidden = llama.model(ids).last_hidden_state
         out = draft(inputs_embeds=llama.get_input_embeddings()(ids[:, 1:]), features=hidden[:, :-1])
@@ -144,7 +144,7 @@ def test_sampled_text_is_measured_as_it_was_decoded(llama):
     ids = torch.cat(ids)
     mask = torch.zeros_like(ids, dtype=torch.bool)
     mask[:, 4:] = True
-    config = TrainingConfig("unused", validate_rows=5, validate_tokens=2000)
+    config = FSPADTrainingArguments("unused", eval_rows=5, eval_tokens=2000)
     found = validate(draft, llama, TrainingRows(ids, mask, None), config)
     assert found["tau"] == pytest.approx(tokens[False] / rounds[False], abs=0.01)
     assert found["coupled_tau"] == pytest.approx(tokens[True] / rounds[True], rel=0.1)
@@ -185,6 +185,6 @@ def test_documents_are_measured_as_if_alone(llama, rows):
         torch.cat((ids[:1], ids[1:2]), 1), torch.cat((mask[:1], mask[1:2]), 1),
         torch.tensor([[1] * 40 + [2] * 40]),
     )  # fmt: skip
-    config = TrainingConfig("unused", validate_tokens=1000)
+    config = FSPADTrainingArguments("unused", eval_tokens=1000)
     together, apart = (validate(small_draft(llama), llama, r, config) for r in (packed, rows[:2]))
     assert together == pytest.approx(apart, rel=1e-4)
