@@ -16,9 +16,9 @@ from fspad_hf import FSPADDraftModel
 from fspad_hf.training.ablation import VARIANTS
 from fspad_hf.training.acceptance import mean_tau, measure_acceptance
 from fspad_hf.training.data import TrainingRows, load_training_rows
-from fspad_hf.training.frozen import FrozenTarget, TargetFeatures
 from fspad_hf.training.losses import Objective, draft_loss, step_losses
 from fspad_hf.training.self_feeding import self_fed_outputs
+from fspad_hf.training.targets import FrozenTarget, TargetOutputs
 
 ROWS = 40  # a step, of 1,024 tokens each
 WARM_UP = 30
@@ -78,21 +78,19 @@ class Features:
         self.kept, self.held_out = self._made(rows), (held_out, self._made(held_out))
 
     def _made(self, rows: TrainingRows) -> torch.Tensor:
-        features, device = TargetFeatures(self.target), self.frozen.device
+        device = self.frozen.device
         hidden = self.target.config.get_text_config().hidden_size
         kept = torch.empty(*rows.ids.shape, hidden, dtype=self.target.dtype, device=device)
         for start in range(0, len(kept), ROWS):
             part = slice(start, start + ROWS)
-            kept[part] = features([], rows.ids[part].to(device).long())
+            kept[part] = self.frozen.features(rows.ids[part].to(device).long())
         return kept
 
-    def batch(self, numbers: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ids, features and loss mask of some rows."""
+    def batch(self, numbers: torch.LongTensor) -> tuple[torch.Tensor, TargetOutputs, torch.Tensor]:
+        """Ids, the target's outputs and the loss mask of some rows."""
         device = self.frozen.device
-        return (
-            self.rows.ids[numbers].to(device).long(), self.kept[numbers.to(device)],
-            self.rows.mask[numbers].to(device),
-        )  # fmt: skip
+        ids, mask = self.rows.ids[numbers].to(device).long(), self.rows.mask[numbers].to(device)
+        return ids, self.frozen.outputs(self.kept[numbers.to(device)], mask), mask
 
 
 def load(options) -> tuple[object, Features]:
@@ -138,7 +136,9 @@ def run(
         ids, known, mask = features.batch(chosen)
         timed.part("rows")
         with torch.autocast(options.device.type, torch.bfloat16, enabled=not options.rehearse):
-            sums = draft_loss(draft, frozen.embed, frozen.head, ids, known, mask, NOISE, objective=recipe.objective)
+            sums = draft_loss(
+                draft, frozen, ids, known, mask, drafted=draft.draft_vocab_ids, noise=NOISE, objective=recipe.objective
+            )
             loss = (sums.feature + recipe.logit_weight * sums.logit) / sums.positions.clamp(min=1)
         timed.part("forward and losses")
         loss.backward()
@@ -203,7 +203,8 @@ def score(options, features: Features, draft: FSPADDraftModel) -> dict:
         outputs = self_fed_outputs(draft, inputs, LEVELS)
         at = torch.arange(mask.shape[1], device=mask.device)
         masks = [mask & (at >= step) for step in range(LEVELS)]
-        for step, found in enumerate(step_losses(outputs, masks, kept[part][:, 1:].float(), frozen.head)):
+        known = frozen.outputs(kept[part], held_out.mask[part].to(options.device))
+        for step, found in enumerate(step_losses(outputs, masks, known, frozen, draft.draft_vocab_ids)):
             sums[:, step] += torch.tensor([found.top1.item(), found.logit.item(), found.positions.item()])
     hits, losses = (sums[0] / sums[2]).tolist(), (sums[1] / sums[2]).tolist()
     return {"hits": hits, "cross_entropy": losses, "chain": 1 + sum(np.cumprod(hits).tolist())}

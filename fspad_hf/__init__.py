@@ -1,5 +1,7 @@
 """Same seed, same tokens, faster: FSPAD tree speculation for transformers' `generate` (arXiv 2408.15562)."""
 
+from importlib import import_module
+
 from .configuration_fspad import FSPADConfig
 from .generation.decoding import FSPADGenerateOutput, SpeculationRecord
 from .generation.graphs import free_graphs
@@ -13,11 +15,22 @@ __all__ = [
     "FSPADDraftModel",
     "FSPADDraftOutput",
     "FSPADGenerateOutput",
+    "FSPADTrainer",
+    "FSPADTrainingArguments",
     "SpeculationConfig",
     "SpeculationRecord",
     "free_graphs",
     "install",
     "uninstall",
 ]
+
+_TRAINING = {"FSPADTrainer": "trainer", "FSPADTrainingArguments": "arguments"}  # which need accelerate
+
+
+def __getattr__(name: str):
+    if name not in _TRAINING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".training.{_TRAINING[name]}", __name__), name)
+
 
 install()

@@ -42,7 +42,8 @@ def push_folder(
     token: str | bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
-) -> CommitInfo:
+    dry_run: bool = False,
+) -> CommitInfo | list[CommitOperationAdd]:
     """
     Uploads a draft's folder in one commit: configuration, weights, tokenizer, provenance and a model card.
 
@@ -59,6 +60,7 @@ def push_folder(
         overwrite_card: make a new card even where there is one.
         commit_message, commit_description, private, token, revision, create_pr: as for
             `PreTrainedModel.push_to_hub`.
+        dry_run: ask the Hub for nothing, and return what a new repository would be given.
 
     Raises:
         ValueError: the folder, an argument or a file that goes into the card is wrong.
@@ -74,6 +76,16 @@ def push_folder(
     local_card = (folder / CARD).is_file() and not overwrite_card
     if local_card and measured:
         raise ValueError(_kept_card(folder / CARD, results))
+    about = {"license": license, "datasets": datasets, "tags": tags, "revision": revision}
+
+    def card() -> CommitOperationAdd:
+        if local_card:
+            return CommitOperationAdd(CARD, folder / CARD)
+        made = make_card(folder, repo_id, config, target_name, measured, provenance, **about)
+        return CommitOperationAdd(CARD, str(made).encode())
+
+    if dry_run:
+        return [*_operations(folder, set(), target_name), card()]
     api = HfApi(token=token, library_name="fspad_hf")
     with _one_error(repo_id):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -82,12 +94,8 @@ def push_folder(
         if remote_card and measured:
             raise ValueError(_kept_card(f"{repo_id}/{CARD}", results))
         operations = _operations(folder, remote, target_name)
-        if local_card:
-            operations.append(CommitOperationAdd(CARD, folder / CARD))
-        elif not remote_card:
-            about = {"license": license, "datasets": datasets, "tags": tags, "revision": revision}
-            card = make_card(folder, repo_id, config, target_name, measured, provenance, **about)
-            operations.append(CommitOperationAdd(CARD, str(card).encode()))
+        if local_card or not remote_card:
+            operations.append(card())
         if revision is not None and not revision.startswith("refs/"):
             _create_branch(api, repo_id, revision, create_pr)
         return api.create_commit(

@@ -60,8 +60,8 @@ SMALL = {  # what stands in the documents, or the default, would take minutes
     "verify": {"--max-new-tokens": "4", "--seeds": "1", "--prompt": "Why?"},
     "profile": {"--max-new-tokens": "12", "--methods": "prompt-lookup", "--repeats": "1"},
     "acceptance": {"--max-new-tokens": "5", "--per-task": "1"},
-    "train": {"--steps": "2", "--batch-rows": "4", "--micro-rows": "4"},
-    "ablate": {"--steps": "1", "--batch-rows": "2", "--per-task": "1", "--max-new-tokens": "3", "--seeds": "0"},
+    "train": {"--max-steps": "2", "--batch-rows": "4", "--micro-rows": "4"},
+    "ablate": {"--max-steps": "1", "--batch-rows": "2", "--per-task": "1", "--max-new-tokens": "3", "--seeds": "0"},
     "calibrate": {"--positions": "64"},
     "selfplay": {"--rows": "48", "--row-length": "48", "--batch-rows": "48"},
 }

@@ -178,7 +178,7 @@ class TestBeforeTheHubIsAsked:
     def test_an_unknown_option(self, folder):
         with pytest.raises(ValueError, match=r"takes no \['privat'\]"):
             FSPADDraftModel.from_pretrained(folder).push_to_hub("alice/x", privat=True)
-        options = inspect.signature(hub.push_folder).parameters.keys() - {"folder", "repo_id"}
+        options = inspect.signature(hub.push_folder).parameters.keys() - {"folder", "repo_id", "dry_run"}
         assert options == set(pretrained.PUSH_OPTIONS)
         theirs = inspect.signature(PushToHubMixin.push_to_hub).parameters.keys()
         ours = inspect.signature(FSPADDraftModel.push_to_hub).parameters.keys()
@@ -254,6 +254,15 @@ class TestPush:
         assert "could not be reached to push 'alice/x'" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_a_dry_run_shows_the_files_and_sends_none(folder, tmp_path, capsys):
+    assert cli.main(["push", str(folder), "--repo-id", "alice/tiny", "--dry-run"]) == 0
+    shown = {line.split()[-1]: line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    assert shown.keys() > {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert shown["model.safetensors"] == f"{(folder / 'model.safetensors').stat().st_size:,}"
+    assert not (folder / "README.md").exists()
+
+
 def test_options_reach_push(monkeypatch, capsys):
     seen = {}
 
@@ -269,7 +278,7 @@ def test_options_reach_push(monkeypatch, capsys):
     assert seen == {
         "folder": "d", "repo_id": "a/b", "target_name": "o/t", "revision": "r", "private": True, "create_pr": True,
         "commit_message": "m", "overwrite_card": True, "results": "f", "license": "mit", "datasets": ["x", "y"],
-        "tags": ["z"],
+        "tags": ["z"], "dry_run": False,
     }  # fmt: skip
     Commit.pr_url = "https://hub/discussions/1"
     assert cli.main(["push", "d"]) == 0 and capsys.readouterr().out == "https://hub/discussions/1\n"

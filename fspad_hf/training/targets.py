@@ -100,13 +100,17 @@ class FrozenTarget:
         self, ids: torch.LongTensor, counted: torch.BoolTensor, segments: torch.LongTensor | None = None
     ) -> TargetOutputs:
         """
-        As [`~FrozenTarget.features`], and the likeliest tokens.
+        What the target makes of rows.
 
         Args:
-            counted (`[rows, length]`): True where those are wanted; elsewhere they are zeros.
+            counted (`[rows, length]`): True where its likeliest tokens are wanted.
         """
-        features = self.features(ids, segments)
-        top_ids = torch.zeros(*ids.shape, self.top_k, dtype=torch.long, device=features.device)
+        return self.outputs(self.features(ids, segments), counted)
+
+    @torch.no_grad()
+    def outputs(self, features: torch.Tensor, counted: torch.BoolTensor) -> TargetOutputs:
+        """Features `[rows, length, hidden]`, and beside them the likeliest tokens where they count, else zeros."""
+        top_ids = torch.zeros(*counted.shape, self.top_k, dtype=torch.long, device=features.device)
         top_log_probs = torch.zeros(top_ids.shape, device=features.device)
         places = counted.to(features.device).nonzero(as_tuple=True)
         at_once = max(LOGITS_AT_ONCE // self.view.text_config.vocab_size, 1)

@@ -5,6 +5,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("folder", metavar="DIR", help="what save_pretrained or `fspad-hf train` wrote")
     parser.add_argument("--repo-id", metavar="USER/NAME", help="where to (default: the folder's name, as your own)")
     parser.add_argument("--target-name", metavar="HUB_ID", help="the target, if config.json names a local folder")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be uploaded, upload nothing")
     repo = parser.add_argument_group("repository (the token is $HF_TOKEN, or that of `hf auth login`)")
     repo.add_argument("--revision", metavar="BRANCH", help="push to a branch; made if need be")
     repo.add_argument("--private", action="store_true", default=None, help="if the repository is new, make it private")
@@ -22,5 +23,9 @@ def run(**options) -> int:
     from fspad_hf.hub import push_folder
 
     commit = push_folder(**options)
+    if options["dry_run"]:
+        for file in commit:
+            print(f"{file.upload_info.size:>12,} bytes  {file.path_in_repo}")
+        return 0
     print(commit.pr_url or commit.commit_url)
     return 0
