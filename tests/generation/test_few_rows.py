@@ -105,6 +105,7 @@ def test_a_draft_over_the_whole_vocabulary_uses_them_for_the_head(llama, monkeyp
         torch.testing.assert_close(view.draft_logits(features), llama.lm_head(features))
         assert used
         used.clear()
-        view.is_tensor_parallel = True
+        monkeypatch.setattr(llama, "_tp_size", 2, raising=False)
+        view = target.Target(llama)
         view.draft_logits(features), view.draft_logits(features, torch.arange(5))
     assert not used
