@@ -24,6 +24,7 @@ from ..runtime import status
 from ..speculation_config import FILE
 from .data import load_training_rows
 from .losses import places_of
+from .targets import LOGITS_AT_ONCE
 
 SHARPNESS = (0.8, 1.0, 1.15, 1.3, 1.5, 1.75, 2.0, 2.5)
 KAPPA = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 1.3, 2.0, 4.0)
@@ -101,8 +102,10 @@ def _distributions(draft, target, rows, masks, stride: int) -> Iterator[tuple[to
     """p `[positions, V]` and log q `[positions, drafted]` at every `stride`-th masked position, a row at a time."""
     found = probe(target)
     view = found.view(target)
+    most = max(LOGITS_AT_ONCE // target.config.get_text_config().vocab_size, 1)  # of a row
     for ids, mask in zip(rows.to(target.device).split(1), masks.to(target.device).split(1), strict=True):
         at = mask[0, 2:].nonzero()[::stride, 0]  # the draft's output t is about token t + 2
+        at = at[:: -(-len(at) // most) or 1]
         if not len(at):
             continue
         features = target.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state

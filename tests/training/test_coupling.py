@@ -77,6 +77,13 @@ def test_the_distributions_are_those_that_decoding_sees(llama, drafted):
             torch.testing.assert_close(q[i], logits.log_softmax(-1))
 
 
+def test_few_rows_of_a_large_vocabulary_are_held_at_once(llama, monkeypatch):
+    monkeypatch.setattr(coupling, "LOGITS_AT_ONCE", 64 * 5)
+    rows, masks = torch.randint(3, 64, (2, 30)), torch.ones(2, 30, dtype=torch.bool)
+    seen = [len(p) for p, _ in coupling._distributions(fresh_draft(llama), llama, rows, masks, stride=1)]
+    assert seen == [5, 5]
+
+
 def test_nothing_to_fit_on(llama):
     with pytest.raises(ValueError, match="without a token"):
         fit_coupling(fresh_draft(llama), llama, torch.ones(2, 9).long(), torch.zeros(2, 9, dtype=torch.bool))
