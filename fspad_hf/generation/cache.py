@@ -87,7 +87,7 @@ class ArenaCache(Cache):
 
     def __init__(self, num_layers: int, sequences: int = 1, capacity: int = 0, spare: int = 0):
         self.lengths, self.is_fixed, self.capacity, self.spare = [0] * sequences, False, capacity, spare
-        self.reach = 0  # so many positions the last forward has seen
+        self.kv_length = 0  # so many positions the last forward has seen
         self._first: dict[int, list[int]] = {}  # of each window: the position of the buffers' first column
         self._groups: list[Buffers] = []
         self._at: torch.LongTensor | None = None
@@ -170,22 +170,22 @@ class ArenaCache(Cache):
         """Of each sequence, for each of `windows`: the position of the first column."""
         return [[self._first[window][row] for window in self.windows] for row in range(len(self.lengths))]
 
-    def place(self, at: torch.LongTensor, reach: int, firsts: torch.LongTensor | None = None) -> None:
+    def place(self, at: torch.LongTensor, kv_length: int, firsts: torch.LongTensor | None = None) -> None:
         """
-        The next forward's rows go to the positions from `at` (`[batch, 1]`) on, and attention sees the first `reach`.
+        The next forward's rows go to the positions from `at` (`[batch, 1]`) on, and attention sees the first so many.
 
         Args:
             firsts (`[batch, windows]`): [`~ArenaCache.firsts`] on the device, if they are there already.
         """
         if firsts is None and self._first:
             firsts = torch.tensor(self.firsts(), device=at.device)
-        self._at, self.reach, self._firsts, self._slots = at, reach, firsts, {}
+        self._at, self.kv_length, self._firsts, self._slots = at, kv_length, firsts, {}
 
     def width(self, window: int | None = None) -> int:
         """The columns that layers of this window see."""
         if self.is_fixed:
             return self._fixed_capacity(window)
-        return self.reach - min(self._first.get(window, (0,)))
+        return self.kv_length - min(self._first.get(window, (0,)))
 
     def offset(self, window: int | None) -> int:
         """The position of their first column, where all sequences have one."""

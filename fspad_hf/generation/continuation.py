@@ -23,26 +23,26 @@ class DraftState:
     Args:
         ids: the text.
         cache: the draft's own keys and values, of the first pairs.
-        unread: the other pairs: features (`[1, count, hidden]`) and tokens (`[1, count]`).
+        pending: the other pairs: features (`[1, count, hidden]`) and tokens (`[1, count]`).
     """
 
     ids: list[int]
     cache: ArenaCache
-    unread: list[tuple[torch.Tensor, torch.LongTensor]]
+    pending: list[tuple[torch.Tensor, torch.LongTensor]]
 
     def cut(self, pairs: int) -> None:
         """Forgets all but the first `pairs`."""
         self.cache.lengths = [min(self.cache.longest, pairs)]
         left, kept = pairs - self.cache.longest, []
-        for features, tokens in self.unread:
+        for features, tokens in self.pending:
             kept.append((features[:, :left], tokens[:, :left]))
             left -= kept[-1][1].shape[1]
-        self.unread = [pair for pair in kept if pair[1].shape[1]]
+        self.pending = [pair for pair in kept if pair[1].shape[1]]
 
 
 def keep(cache: DynamicCache, draft: FSPADDraftModel, state: DraftState) -> None:
     """Remembers `state` for the next call with this cache and draft, for as long as the cache lives."""
-    if state.cache.longest + sum(tokens.shape[1] for _, tokens in state.unread) == len(state.ids) - 1:
+    if state.cache.longest + sum(tokens.shape[1] for _, tokens in state.pending) == len(state.ids) - 1:
         _read.of(cache)[weakref.ref(draft)] = state
 
 

@@ -16,11 +16,12 @@ from . import continuation
 from .costs import costs_of
 from .drafting import Drafter
 from .graphs import counted_call, graphs_of
+from .noise import NoiseQueue
 from .probe import probe
 from .rounds import Rounds
 from .stateful import is_stateful
 from .tuning import trees_of
-from .verification import NoiseQueue, TokenEmitter, is_by_row, processors_of
+from .verification import TokenEmitter, is_by_row, processors_of
 
 logger = logging.get_logger(__name__)
 
@@ -93,15 +94,17 @@ def tree_decoding(
     """
     found, batch = probe(model), len(input_ids)
     target = found.view(model)
-    judges = StoppingCriteriaList([c for c in stopping_criteria if batch > 1 and not is_by_row(c)])
-    criteria = StoppingCriteriaList([c for c in stopping_criteria if is_by_row(c)]) if judges else stopping_criteria
+    batch_criteria = StoppingCriteriaList([c for c in stopping_criteria if batch > 1 and not is_by_row(c)])
+    criteria = stopping_criteria
+    if batch_criteria:
+        criteria = StoppingCriteriaList([c for c in stopping_criteria if is_by_row(c)])
     noise = None
     if generation_config.do_sample:
-        noise = NoiseQueue(input_ids.device, target.text_config.vocab_size, batch, bool(judges))
+        noise = NoiseQueue(input_ids.device, target.text_config.vocab_size, batch, bool(batch_criteria))
     own_streamer, emitters = streamer if batch == 1 else None, []
     for number, ids in enumerate(input_ids):
         processors = processors_of(logits_processor, number, batch)
-        own = processors, criteria, generation_config, own_streamer, noise, number, bool(judges)
+        own = processors, criteria, generation_config, own_streamer, noise, number, bool(batch_criteria)
         emitters.append(TokenEmitter(ids[None], *own))
     settings = settings_of_call(draft, target.device, generation_config, batch)
     if target.chains_only:  # the draft's best children, or what is looked up
@@ -112,7 +115,7 @@ def tree_decoding(
     lengths: list[list[int]] = [[] for _ in emitters]
     together = None
     if batch > 1:
-        together = Lockstep(emitters, input_ids, padding_of(generation_config), streamer, judges, noise)
+        together = Lockstep(emitters, input_ids, padding_of(generation_config), streamer, batch_criteria, noise)
 
     read = continuation.take(model_kwargs.get(CACHE), draft, input_ids) if batch == 1 else None
     with ExitStack() as stack:
@@ -162,7 +165,7 @@ def tree_decoding(
             rounds.settle(padding_of(generation_config))
         whole = batch == 1 and lengths[0] and prompt.all() and not rounds.without_ids
         if whole and rounds.cache_is_wanted and rounds.graphs is None:
-            state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.unread[0])
+            state = continuation.DraftState(emitters[0].input_ids[0].tolist(), drafter.cache, rounds.pending[0])
             continuation.keep(prefill_cache, draft, state)
 
     if streamer is not None:
@@ -230,27 +233,27 @@ class Lockstep:
 
     Args:
         streamer: is given each step's tokens, as soon as all sequences have them.
-        judges: criteria that see all sequences at once. A sequence that they end may have gone on meanwhile.
+        batch_criteria: criteria that see all sequences at once. A sequence that they end may have gone on meanwhile.
         noise: of a call that samples.
     """
 
     def __init__(
         self, emitters: Sequence[TokenEmitter], input_ids: torch.LongTensor, padding: int, streamer=None,
-        judges: StoppingCriteriaList | None = None, noise: NoiseQueue | None = None,
+        batch_criteria: StoppingCriteriaList | None = None, noise: NoiseQueue | None = None,
     ):  # fmt: skip
         self.emitters, self.input_ids, self.padding = list(emitters), input_ids, padding
-        self.streamer, self.judges, self.noise, self.steps = streamer, judges, noise, 0
+        self.streamer, self.batch_criteria, self.noise, self.steps = streamer, batch_criteria, noise, 0
 
     def publish(self):
-        while (self.streamer is not None or self.judges) and self.steps < self._complete():
+        while (self.streamer is not None or self.batch_criteria) and self.steps < self._complete():
             self.steps += 1
             if self.streamer is not None:
                 self.streamer.put(torch.tensor([row[-1] for row in self._padded(self.steps)], device="cpu"))
-            if self.judges:
-                self._judge()
+            if self.batch_criteria:
+                self._apply_batch_criteria()
 
-    def _judge(self):
-        done = self.judges(self.sequences(self.steps), None).tolist()
+    def _apply_batch_criteria(self):
+        done = self.batch_criteria(self.sequences(self.steps), None).tolist()
         for emitter, ends in zip(self.emitters, done, strict=True):
             if ends and len(emitter.emitted) >= self.steps:
                 emitter.cut(self.steps)

@@ -129,7 +129,7 @@ class Drafter:
             ends (`[texts, 1]`): the pairs that each text has; `None` is as many as the cache holds.
         """
         depth, k, total, _ = shape
-        device, reach, (texts, trees) = self.draft.device, self.cache.reach, at.shape
+        device, kv_length, (texts, trees) = self.draft.device, self.cache.kv_length, at.shape
         ends = self.cache.behind(device) if ends is None else ends
         each = torch.arange(texts * trees, device=device)[:, None]
         scores, tokens = self._children(read.logit_features.flatten(0, 1)[:, None], k, noise, 0)
@@ -142,7 +142,7 @@ class Drafter:
 
         for level in range(1, depth):
             seen = torch.cat((seen, itself[:, None].expand(texts * trees, k, 1, k)), dim=2)
-            self.cache.place(ends + (level - 1) * rows, reach + level * rows)  # behind the levels above
+            self.cache.place(ends + (level - 1) * rows, kv_length + level * rows)  # behind the levels above
             columns = torch.arange(self.cache.width(), device=device)
             of_nodes = ends + torch.arange(level * rows, device=device)
             text = (columns <= at[..., None]).repeat_interleave(k, dim=1)  # [texts, trees * k, columns]
@@ -158,7 +158,7 @@ class Drafter:
             scores, tokens, nodes = below.gather(1, best), children.flatten(1).gather(1, best), 1 + grown + best
             features, seen = out.features.view(texts * trees, k, -1)[each, parents], seen[each, parents]
             grown += k * k
-        self.cache.reach = reach  # the trees' rows were made from drafted features and do not count
+        self.cache.kv_length = kv_length  # the trees' rows were made from drafted features and do not count
 
         depths = torch.cat([torch.full_like(part[0][0], level + 1) for level, part in enumerate(levels)])
         tokens, parents, scores = (torch.cat(parts, dim=1) for parts in zip(*levels, strict=True))

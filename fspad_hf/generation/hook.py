@@ -15,11 +15,12 @@ from ..host import CACHE, LAYERS, length_of
 from ..modeling_fspad import FSPADDraftModel, layer_width
 from ..runtime import quiet_transformers
 from .decoding import FSPADGenerateOutput, prompt_columns, tree_decoding
+from .noise import default_generator
 from .probe import probe
 from .remembered import Remembered
 from .stateful import is_stateful
 from .target import is_compiled
-from .verification import default_generator, is_by_row
+from .verification import is_by_row
 
 logger = logging.get_logger(__name__)
 

@@ -18,12 +18,13 @@ from .costs import RoundCosts, Stopwatch
 from .drafting import STATIC_WARPERS, Drafter, latest
 from .graphs import CAPTURABLE_WARPERS, Graphs
 from .lookup import PromptLookup
+from .noise import NoiseQueue
 from .stateful import cache_of_rounds
 from .target import Target, depth_limit
 from .tree import PLAIN, CandidateTree, TreeShape
-from .verification import NoiseQueue, TokenEmitter, emit_drawn, settings_of, walk_ahead, walk_and_emit
+from .verification import TokenEmitter, emit_drawn, settings_of, walk_ahead, walk_and_emit
 
-LEAD = 32  # tokens that a sequence may be ahead of another, where the noise of all of them is held or they are judged
+LEAD = 32  # tokens that a sequence may be ahead of another, where their noise is held or criteria see them together
 FEW = 16  # tokens that a draft reads beside growing a tree, and what it costs is still that of its levels
 
 
@@ -74,7 +75,7 @@ class Rounds:
         if not prompt.all():
             self.arena.watch_padding()
         # (f_t, token t+1) that the draft has not read yet; a plain step leaves it behind
-        self.unread: list[list[tuple[torch.Tensor, torch.LongTensor]]] = []
+        self.pending: list[list[tuple[torch.Tensor, torch.LongTensor]]] = []
         self.lookups: list[PromptLookup] = []
         # the first columns, of which there are embeddings alone
         self.without_ids = prompt.shape[1] + 1 - self.emitters[0].length
@@ -83,7 +84,7 @@ class Rounds:
             shown, text = prompt[row].cpu().nonzero()[:, 0], emitter.input_ids.cpu()
             new, known = shown[shown >= first], shown[shown >= self.without_ids]
             read = features[row : row + 1, (new - prompt.shape[1]).to(features.device)]
-            self.unread.append([(read, text[:, new + 1 - self.without_ids])])
+            self.pending.append([(read, text[:, new + 1 - self.without_ids])])
             words = text[0, known - self.without_ids].tolist() + emitter.emitted
             self.lookups.append(PromptLookup(words, emitter.ends))
         self.read = FSPADDraftOutput(*[features.new_zeros(len(prompt), 1, features.shape[-1])] * 2)
@@ -98,7 +99,7 @@ class Rounds:
     def go_on(self, read: DraftState) -> None:
         """The draft has read a part of the text already; of a single sequence."""
         if self.graphs is None:
-            self.drafter.cache, self.unread = read.cache, [[*read.unread, *self.unread[0]]]
+            self.drafter.cache, self.pending = read.cache, [[*read.pending, *self.pending[0]]]
 
     def close(self) -> None:
         """Gives the host's cache what it lacks. Called also when the user's code has raised."""
@@ -141,29 +142,29 @@ class Rounds:
             The trees, and of each the path walked (the nodes at which a token was drawn, the root first).
         """
         watch = None if costs is None else Stopwatch(self.target.device)
-        told = self.tell(shape, chains)
-        tree = CandidateTree.chain(told.numbers[:, :1])
-        if told.levels:
-            tree = self.draft(told)
+        inputs = self.prepare(shape, chains)
+        tree = CandidateTree.chain(inputs.numbers[:, :1])
+        if inputs.levels:
+            tree = self.draft(inputs)
         if costs is not None:
             seconds = watch.read()
-            if shape.depth and 0 < max(told.counts) <= FEW:
+            if shape.depth and 0 < max(inputs.counts) <= FEW:
                 costs.add_draft(shape.depth, seconds)
-        logits, features, walked = self.verify(told, tree)
+        logits, features, walked = self.verify(inputs, tree)
         if costs is not None:
             costs.add_forward(self.arena.reread_rows + len(tree), watch.read())
         if self.on_round is not None:
             self.on_round(tree.clone().trimmed())
         paths: list[list[int]] = [[] for _ in self.emitters]
         try:
-            self.emit(told, tree, logits, walked, paths)
+            self.emit(inputs, tree, logits, walked, paths)
         finally:
             self.keep(paths, features)
         self.drop_ended()
         self.align()
         return tree, paths
 
-    def tell(self, shape: TreeShape, chains: Sequence[Sequence[int]] = ()) -> "Told":
+    def prepare(self, shape: TreeShape, chains: Sequence[Sequence[int]] = ()) -> "RoundInputs":
         """What the host says to a round's steps."""
         captured, device, levels = self.can_replay(shape), self.target.device, max(shape.depth, shape.lookup)
         self.make_room(shape)
@@ -187,7 +188,7 @@ class Rounds:
         numbers = torch.tensor(rows, device="cpu", pin_memory=device.type == "cuda").to(device, non_blocking=True)
         sizes = 1, 1, 1, 1, 1, len(self.offsets[0]), len(firsts[0]), read, looked_up
         counts = [len(new) for new in tokens]
-        return Told(
+        return RoundInputs(
             shape, levels, captured, ahead, numbers, sizes, counts, features, noise, coupled and noise is not None
         )
 
@@ -211,7 +212,7 @@ class Rounds:
 
     def to_read(self, captured: bool) -> tuple[torch.Tensor, list[list[int]]]:
         """The pairs that the draft has not read: features (`[batch, most, hidden]`) and the tokens of each text."""
-        features, tokens, counts = self.all_unread()
+        features, tokens, counts = self.all_pending()
         most = self.graphs.rows if captured else max(counts)
         if max(counts) > most:  # all but the last pair of each are read at once
             self.drafter.accept(features, tokens, [max(count - 1, 0) for count in counts])
@@ -222,11 +223,11 @@ class Rounds:
             tokens = [row[:count] for row, count in zip(tokens.tolist(), counts, strict=True)]
         return functional.pad(features, (0, 0, 0, most - features.shape[1])), tokens
 
-    def all_unread(self) -> tuple[torch.Tensor, torch.LongTensor, list[int]]:
+    def all_pending(self) -> tuple[torch.Tensor, torch.LongTensor, list[int]]:
         """Features (`[batch, most, hidden]`), tokens (`[batch, most]`, on the host), and the number of each."""
         texts = [
-            unread[0] if len(unread) == 1 else [torch.cat(parts, dim=1) for parts in zip(*unread, strict=True)]
-            for unread in self.unread
+            pending[0] if len(pending) == 1 else [torch.cat(parts, dim=1) for parts in zip(*pending, strict=True)]
+            for pending in self.pending
         ]
         if len(texts) == 1:
             return *texts[0], [texts[0][1].shape[1]]
@@ -239,61 +240,64 @@ class Rounds:
         return features, tokens, counts
 
     @labelled("draft")
-    def draft(self, told: "Told") -> CandidateTree:
+    def draft(self, inputs: "RoundInputs") -> CandidateTree:
         """The draft reads what it has not read and grows its trees; the tokens looked up are grafted on."""
 
         def step(numbers, features, noise, *before):
-            root, pairs, new, looked_up, _, _, _, tokens, chain = numbers.split(told.sizes, dim=1)
+            root, pairs, new, looked_up, _, _, _, tokens, chain = numbers.split(inputs.sizes, dim=1)
             read, tree = FSPADDraftOutput(*before), CandidateTree.chain(root)
-            if told.shape.depth:
+            if inputs.shape.depth:
                 read = latest(self.drafter.read(features, tokens, pairs), new, read)
-                tree = self.drafter.grow(read, pairs + new, root, told.shape, noise)
+                tree = self.drafter.grow(read, pairs + new, root, inputs.shape, noise)
             return tree.grafted(chain, looked_up) if chain.shape[1] else tree, read
 
-        noise = told.noise[: told.shape.depth] if told.coupled else None
+        noise = inputs.noise[: inputs.shape.depth] if inputs.coupled else None
         settings, warpers = self.drafter.settings, settings_of(self.drafter.warpers)
-        key = "draft", told.shape, told.sizes, settings.coupling_kappa, settings.coupling_sharpness, warpers
-        inputs = told.numbers, told.features, noise, self.read.logit_features, self.read.features
-        tree, self.read = self.done(told, step, key, inputs)
-        if told.shape.depth:
-            self.drafter.cache.advance(told.counts)
-            self.unread = [[] for _ in self.unread]
-        return tree if told.captured else tree.trimmed()
+        key = "draft", inputs.shape, inputs.sizes, settings.coupling_kappa, settings.coupling_sharpness, warpers
+        tensors = inputs.numbers, inputs.features, noise, self.read.logit_features, self.read.features
+        tree, self.read = self.done(inputs, step, key, tensors)
+        if inputs.shape.depth:
+            self.drafter.cache.advance(inputs.counts)
+            self.pending = [[] for _ in self.pending]
+        return tree if inputs.captured else tree.trimmed()
 
     @labelled("verify")
-    def verify(self, told: "Told", tree: CandidateTree) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor | None]:
+    def verify(
+        self, inputs: "RoundInputs", tree: CandidateTree
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.LongTensor | None]:
         """Logits and features at every node, and, where nothing of the user's has a say in it, the walk."""
 
         def step(numbers, shown, noise, *parts):
-            _, _, _, _, length, positions, firsts, *_ = numbers.split(told.sizes, dim=1)
+            _, _, _, _, length, positions, firsts, *_ = numbers.split(inputs.sizes, dim=1)
             tree, arena = CandidateTree(*parts), self.arena
             arena.place(length, arena.longest + len(tree), firsts)
             logits, features = self.target.verify(tree, arena, shown, positions)
             walked = None
-            if told.ahead:
-                walked = walk_ahead(tree, logits, self.emitters[0].logits_processor, noise, told.levels)
+            if inputs.ahead:
+                walked = walk_ahead(tree, logits, self.emitters[0].logits_processor, noise, inputs.levels)
             return logits, features, walked
 
-        warpers = settings_of(self.emitters[0].logits_processor) if told.ahead else ()
-        key = "verify", told.levels, told.sizes, told.ahead, warpers
-        inputs = told.numbers, self.shown, told.noise if told.ahead else None, tree.tokens, tree.parents, tree.depths
-        return self.done(told, step, key, inputs, checked=lambda outputs: outputs[0])
+        warpers = settings_of(self.emitters[0].logits_processor) if inputs.ahead else ()
+        key = "verify", inputs.levels, inputs.sizes, inputs.ahead, warpers
+        noise = inputs.noise if inputs.ahead else None
+        tensors = inputs.numbers, self.shown, noise, tree.tokens, tree.parents, tree.depths
+        return self.done(inputs, step, key, tensors, checked=lambda outputs: outputs[0])
 
-    def done(self, told: "Told", step, key: tuple, inputs: tuple, checked: Callable | None = None):
+    def done(self, inputs: "RoundInputs", step, key: tuple, tensors: tuple, checked: Callable | None = None):
         """What a step returns, by a graph if that is possible."""
-        replayed = self.graphs.run(step, key, inputs, checked) if told.captured else None
-        return step(*inputs) if replayed is None else replayed
+        replayed = self.graphs.run(step, key, tensors, checked) if inputs.captured else None
+        return step(*tensors) if replayed is None else replayed
 
     @labelled("emit")
     def emit(
-        self, told: "Told", tree: CandidateTree, logits: torch.Tensor, walked: torch.LongTensor | None,
+        self, inputs: "RoundInputs", tree: CandidateTree, logits: torch.Tensor, walked: torch.LongTensor | None,
         paths: list[list[int]],
     ) -> None:  # fmt: skip
         """Emits tokens along the trees; fills `paths` with the nodes they were drawn at."""
         last = min(len(emitter.emitted) for emitter in self.emitters if not emitter.finished)
         nodes: list[int | None] = []
         for emitter in self.emitters:
-            waits = (self.noise is not None or emitter.is_judged) and len(emitter.emitted) > last + LEAD
+            waits = (self.noise is not None or emitter.ends_with_batch) and len(emitter.emitted) > last + LEAD
             nodes.append(None if emitter.finished or waits else 0)
         if walked is not None:  # the round's one wait for the device
             for row, (count, *drawn) in enumerate(walked.tolist()):
@@ -301,7 +305,7 @@ class Rounds:
                     pairs = list(zip(drawn, drawn[len(drawn) // 2 :], strict=False))[:count]
                     nodes[row] = emit_drawn(tree, row, pairs, self.emitters[row], paths[row])
         if any(node is not None for node in nodes):
-            walk_and_emit(tree, logits, self.emitters, paths, told.levels, nodes)
+            walk_and_emit(tree, logits, self.emitters, paths, inputs.levels, nodes)
 
     @labelled("keep")
     def keep(self, paths: list[list[int]], features: torch.Tensor) -> None:
@@ -310,7 +314,7 @@ class Rounds:
         for row, path in enumerate(paths):
             emitter = self.emitters[row]
             tokens = emitter.emitted[len(emitter.emitted) - len(path) :]
-            self.unread[row].append((features[row : row + 1, path], torch.tensor([tokens], device="cpu").long()))
+            self.pending[row].append((features[row : row + 1, path], torch.tensor([tokens], device="cpu").long()))
             self.lookups[row].extend(tokens)
 
     def drop_ended(self) -> None:
@@ -322,7 +326,7 @@ class Rounds:
         self.drafter.cache.select(left)
         self.shown = self.shown[left]
         self.read = FSPADDraftOutput(self.read.logit_features[left], self.read.features[left])
-        for name in ("emitters", "offsets", "shifts", "unread", "lookups"):
+        for name in ("emitters", "offsets", "shifts", "pending", "lookups"):
             kept = getattr(self, name)
             setattr(self, name, [kept[row] for row in left])
 
@@ -344,13 +348,13 @@ class Rounds:
         self.arena.lengths = [n + by for n, by in zip(read, self.shifts, strict=True)]
         self.align()
         while min(read) < max(lengths) - 1:
-            told, trees = self.tell(PLAIN), []
+            inputs, trees = self.prepare(PLAIN), []
             lacking = [min(max(lengths) - 1 - length, most) for length in read]
             for emitter, length, lacks in zip(self.emitters, read, lacking, strict=True):
                 text = emitter.input_ids[0, length - self.without_ids :][: max(lacks, 1)].tolist()
-                chain = told.numbers.new_tensor([text + [padding] * (max(lacks, 1) - len(text))])
+                chain = inputs.numbers.new_tensor([text + [padding] * (max(lacks, 1) - len(text))])
                 trees.append(CandidateTree.chain(chain))
-            self.verify(replace(told, captured=False, ahead=False), CandidateTree.stacked(trees))
+            self.verify(replace(inputs, captured=False, ahead=False), CandidateTree.stacked(trees))
             self.arena.keep([list(range(lacks)) for lacks in lacking])
             read = [length + lacks for length, lacks in zip(read, lacking, strict=True)]
             self.align()
@@ -358,9 +362,9 @@ class Rounds:
 
 
 @dataclass(frozen=True)
-class Told:
+class RoundInputs:
     """
-    What the host tells a round's steps.
+    What a round's steps are given.
 
     Args:
         shape: of the trees.

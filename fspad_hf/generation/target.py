@@ -117,7 +117,7 @@ class Target:
         held, tokens = cache.begin(tree.tokens)
         inputs = {"input_ids": tokens, CACHE: held, "use_cache": True, "return_dict": True}
         if self.chains_only:
-            inputs["attention_mask"] = shown[:, : cache.reach].long()
+            inputs["attention_mask"] = shown[:, : cache.kv_length].long()
         else:
             inputs["attention_mask"] = self._mask(tree, shown, cache)
         if self._takes_positions:

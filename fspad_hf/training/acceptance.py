@@ -226,12 +226,12 @@ def simulate_answer(
     sequence, length = torch.tensor([answer.tokens], device=target.device), answer.prompt_length
     features = target.get_decoder()(input_ids=sequence, use_cache=False).last_hidden_state
     settings, vocabulary = draft.speculation_config, target.config.get_text_config().vocab_size
-    reach = max_new_tokens + draft.speculation_settings().tree_depth
+    most = max_new_tokens + draft.speculation_settings().tree_depth
     rows, coupled = [], settings.coupled_drafting
     try:
         for mode in ("greedy",) if answer.seed is None else ("coupled", "uncoupled"):
             settings.coupled_drafting = mode == "coupled"
-            noise = KnownNoise(answer.seed, reach, vocabulary, target.device) if mode == "coupled" else None
+            noise = KnownNoise(answer.seed, most, vocabulary, target.device) if mode == "coupled" else None
             record = simulate(target, draft, sequence, length, length + max_new_tokens, noise, features=features)
             row = {"prompt": answer.prompt, "task": answer.task, "mode": mode}
             row |= {"tokens": len(answer.tokens) - length - 1, "rounds": record.rounds}

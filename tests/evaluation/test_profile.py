@@ -14,14 +14,15 @@ from transformers import CompileConfig
 from fspad_hf.evaluation import peers
 from fspad_hf.evaluation import profile as module
 from fspad_hf.evaluation.peers import MODES, Method
-from fspad_hf.evaluation.profile import ProfileSettings, Watched, copy_bandwidth, profile, profile_tables
+from fspad_hf.evaluation.profile import ProfileSettings, Watched, copy_bandwidth, profile
+from fspad_hf.evaluation.profile_tables import profile_tables
 from fspad_hf.evaluation.shapes import Decree, plan, random_pair, weight_bytes
 from fspad_hf.evaluation.trace import PARTS, Round, Tracer, covered, middle_half, read_rounds
 from fspad_hf.generation.cache import ArenaCache
 from fspad_hf.generation.drafting import Drafter
+from fspad_hf.generation.noise import NoiseQueue
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import CandidateTree
-from fspad_hf.generation.verification import NoiseQueue
 from fspad_hf_cli import main
 
 from .. import tiny

@@ -9,8 +9,8 @@ from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.verify import verify
 from fspad_hf.generation import hook, rounds
 from fspad_hf.generation.cache import ArenaCache
+from fspad_hf.generation.noise import NoiseQueue
 from fspad_hf.generation.probe import ProbeResult
-from fspad_hf.generation.verification import NoiseQueue
 from fspad_hf_cli import main
 
 from .. import tiny

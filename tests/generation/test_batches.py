@@ -177,7 +177,7 @@ def test_a_row_is_not_computed_once_it_has_ended(llama, monkeypatch):
 def test_a_sampled_sequence_waits_for_the_others(llama, mode, monkeypatch):
     """So that the noise held is bounded."""
     from fspad_hf.generation import rounds
-    from fspad_hf.generation.verification import NoiseQueue
+    from fspad_hf.generation.noise import NoiseQueue
 
     held, ahead = [], NoiseQueue._draw_ahead
     monkeypatch.setattr(

@@ -3,9 +3,9 @@ import torch
 
 from fspad_hf import SpeculationRecord
 from fspad_hf.generation.drafting import Drafter, latest
+from fspad_hf.generation.noise import NoiseQueue
 from fspad_hf.generation.target import Target
 from fspad_hf.generation.tree import TreeShape
-from fspad_hf.generation.verification import NoiseQueue
 from fspad_hf.modeling_fspad import FSPADDraftOutput
 
 from ..conftest import fresh_draft, grown

@@ -8,8 +8,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from fspad_hf import FSPADConfig, FSPADDraftModel
 from fspad_hf.generation.cache import ArenaCache
+from fspad_hf.generation.noise import NoiseQueue
 from fspad_hf.generation.probe import probe
-from fspad_hf.generation.verification import NoiseQueue
 from fspad_hf.host import CACHE
 
 from .. import tiny

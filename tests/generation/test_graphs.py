@@ -408,8 +408,8 @@ def test_a_step_copies_nothing_between_host_and_device(name, lookup):
     rounds.can_walk_ahead = True
     generator.draft, generator._network = draft, draft  # no copy of what is on no device
     with target.listening(), torch.no_grad():
-        told = rounds.tell(shape._replace(lookup=lookup), [[3, 4]] if lookup else [])
-        rounds.verify(told, rounds.draft(told))
+        inputs = rounds.prepare(shape._replace(lookup=lookup), [[3, 4]] if lookup else [])
+        rounds.verify(inputs, rounds.draft(inputs))
     (tree, _), (logits, _, walked) = steps
     nodes, drawable = 10 + lookup, 1 + max(3, lookup)
     assert tree.tokens.shape == (1, nodes) and logits.shape == (1, nodes, 64)

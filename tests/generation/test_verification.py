@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fspad_hf.generation.verification import NoiseQueue
+from fspad_hf.generation.noise import NoiseQueue
 
 from .. import tiny
 from ..conftest import fresh_draft
