@@ -67,6 +67,7 @@ class FSPADTrainingArguments(TrainingArguments):
     keep_features: str | bool = field(
         default=False, metadata={"help": "Read the target once: into this folder, or (True) into memory."}
     )
+    shard_target: bool = field(default=False, metadata={"help": "Split the target's layers over the processes."})
     linear_start: bool = field(default=False, metadata={"help": "Begin at the best linear guess, see [`warm_start`]."})
     eval_rows: int = field(default=32, metadata={"help": "Held-out rows that are evaluated on, at most."})
     eval_tokens: int = field(default=512, metadata={"help": "Their tokens in simulated rounds, about."})

@@ -22,6 +22,7 @@ from .curve import write_curve
 from .data import HELD_OUT_SHARE, DataConfig, TrainingRows, load_training_rows
 from .plan import make_plan, print_plan
 from .provenance import START
+from .targets import shard_layers
 from .trainer import FSPADTrainer, last_checkpoint
 
 NOT_TAKEN_OVER = (  # of the configuration of the draft to start from: what is its target's, and its weights'
@@ -87,7 +88,7 @@ def run_training(
     with args.main_process_first():
         model, sources = None, data.data
         if data.regenerate and not plan:
-            model = load_target(target, dtype, device_map, args.device)
+            model = _load(target, dtype, device_map, args)
             sources = regenerated(model, tokenizer, data, args)
         found = load_training_rows(
             sources, tokenizer, data.row_length, data.split, () if model else data.exclude, planned.vocab_size
@@ -97,7 +98,9 @@ def run_training(
         print_plan(planned, target, data, args, chosen, held_out, console)
         _describe(chosen, held_out, dropped, tokenizer, console)
         return None
-    model = model or load_target(target, dtype, device_map, args.device)
+    model = model or _load(target, dtype, device_map, args)
+    if args.shard_target and args.world_size > 1:
+        model = shard_layers(model, args.device)
     draft = _make_draft(model, draft_fields, args.seed, start)
     if draft.draft_vocab_ids is not None and (start is None or draft_vocab_size):
         answers = found[: len(found) - found.held_out]
@@ -146,6 +149,12 @@ def load_target(target: str, dtype: torch.dtype, device_map, device: torch.devic
     device_map = device_map or (None if device.type == "cpu" else {"": device})
     with quiet_transformers():
         return note_commit(host.load_target(target, dtype=dtype, device_map=device_map)).eval()
+
+
+def _load(target: str, dtype: torch.dtype, device_map, args: FSPADTrainingArguments) -> PreTrainedModel:
+    """In the CPU's memory if it is to be split: no device need hold all of it."""
+    device = torch.device("cpu") if args.shard_target and args.world_size > 1 else args.device
+    return load_target(target, dtype, device_map, device)
 
 
 def _choose(found: TrainingRows, rows: int | None) -> tuple[TrainingRows, TrainingRows, int]:

@@ -9,6 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from ..generation.probe import probe
@@ -150,11 +153,21 @@ class KeptOutputs:
         """How many shards there are; `len(starts)` are wanted."""
         return len(self.shards if self.folder is None else self.folder.shards[: len(self.starts)])
 
-    def fill(self, report: Callable[[], None] = lambda: None) -> "KeptOutputs":
-        """Makes what is missing; `report` is called after each shard."""
-        for number in range(self.made, len(self.starts)):
+    def fill(
+        self, report: Callable[[], None] = lambda: None, first: int | None = None, write: bool = True
+    ) -> "KeptOutputs":
+        """
+        Makes what is missing; `report` is called after each shard.
+
+        Args:
+            first: the number of the first shard to make; by default the first that is not there.
+            write: False: only read the target, as the processes must that hold a part of it.
+        """
+        for number in range(self.made if first is None else first, len(self.starts)):
             rows = self._rows(number)
             parts = [self._outputs(rows[i : i + ROWS_AT_ONCE]) for i in range(0, len(rows), ROWS_AT_ONCE)]
+            if not write:
+                continue
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             if self.folder is None:
                 self.shards.append(tensors)
@@ -209,13 +222,35 @@ class KeptOutputs:
             raise ValueError(f"{str(file)!r} is damaged or missing ({error}): delete the folder.") from error
 
 
+def shard_layers(target: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """
+    Splits the weights of the target's layers over the processes of a launch, by torch's FSDP2: each holds a part of
+    every layer, and gathers a layer while it runs. Embedding, norms and LM head stay whole. From then on all processes
+    must run the target together.
+
+    Args:
+        device: of this process; the weights go there layer by layer.
+    """
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for layers in (child for child in target.get_decoder().children() if isinstance(child, nn.ModuleList)):
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
+    return target.to(device)
+
+
+def is_sharded(target: PreTrainedModel) -> bool:
+    return any(isinstance(module, FSDPModule) for module in target.modules())
+
+
 def _fingerprint(model: PreTrainedModel) -> str:
     """Of the beginning of every weight that is in memory: a fine-tuned target has another one."""
     digest = sha256()
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)}".encode())
         if weight.device.type != "meta":
-            digest.update(weight.detach().flatten()[:64].float().cpu().numpy().tobytes())
+            weight = weight.detach()
+            weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+            digest.update(weight.flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
 

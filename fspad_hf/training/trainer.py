@@ -6,7 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from .coupling import fit_coupling
 from .data import TrainingRows
 from .losses import Objective, draft_loss
 from .provenance import SETTINGS, START, make_provenance, read_provenance, run_settings, save_draft
-from .targets import FrozenTarget, KeptOutputs, TargetOutputs
+from .targets import FrozenTarget, KeptOutputs, TargetOutputs, is_sharded
 from .validation import documents, validate
 from .warm_start import warm_start
 
@@ -50,7 +50,8 @@ class FSPADTrainer(Trainer):
 
     Args:
         model: the draft, in float32; trained in place.
-        target: on one device or on several, quantised or not; it stays as it is.
+        target: on one device or on several, quantised, or split over the processes by [`shard_layers`]; it stays as
+            it is.
         args: its `keep_features` reads the target once instead of at every step.
         train_dataset: `input_ids`, `labels` (-100 where a token is not the assistant's) and, of packed rows,
             `position_ids` that start again with each document: a `datasets.Dataset`, or anything [`TrainingRows.of`]
@@ -91,11 +92,17 @@ class FSPADTrainer(Trainer):
             model, args, default_data_collator, dataset, None if self.held_out is None else _Numbered(self.held_out),
             callbacks=[StepChecks(self.held_out is not None), self.interrupts, *callbacks], **kwargs,
         )  # fmt: skip
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "accelerate's FSDP would split the draft, which is small and is evaluated whole: expected a plain "
+                "distributed launch, with shard_target=True (--shard-target) to split the target's layers."
+            )
         model.config.__dict__.pop("use_cache", None)  # which Trainer sets, and no draft has
         model.main_input_name = "input_ids"  # whose tokens Trainer counts
         self.model_accepts_loss_kwargs = True  # the loss is divided by the positions of the whole step
         self.dataset, self.tokenizer, self.about = dataset, processing_class, about or {}
         self.frozen = FrozenTarget(target.eval().requires_grad_(False), args.device, args.target_top_k)
+        self.sharded = is_sharded(target)
         self.objective = Objective(args.self_steps, args.self_step_decay, args.top_k_weight, args.top_k)
         self.settings = run_settings(args, model, target, self.rows, self.held_out)
         self.settings |= {name: value for name, value in self.about.items() if name == START}
@@ -179,6 +186,8 @@ class FSPADTrainer(Trainer):
         began = time.perf_counter()
         rows = self.held_out if eval_dataset is None else TrainingRows.of(eval_dataset)
         place = self.accelerator.process_index, self.accelerator.num_processes
+        if self.sharded:  # then all processes measure everything
+            place = 0, 1
 
         def reduce(sums: torch.Tensor) -> torch.Tensor:
             return self.accelerator.reduce(sums.to(self.args.device), reduction="sum") if place[1] > 1 else sums
@@ -212,12 +221,16 @@ class FSPADTrainer(Trainer):
         if not keep:
             return
         folder = None if keep is True or str(keep).lower() in IN_MEMORY else keep
-        if folder is None or self.args.process_index == 0:
-            self.kept = KeptOutputs(self.frozen, self.rows, folder)
-            with counted("shards of features", len(self.kept.starts) - self.kept.made) as advance:
-                self.kept.fill(advance)
+        main = self.args.process_index == 0
+        kept = KeptOutputs(self.frozen, self.rows, folder) if folder is None or main or self.sharded else None
+        first = broadcast_object_list([kept and kept.made])[0]
+        if kept is not None:
+            with counted("shards of features", len(kept.starts) - first) if main else nullcontext(_nothing) as advance:
+                kept.fill(advance, first, write=main or folder is None)
         self.accelerator.wait_for_everyone()
-        self.kept = self.dataset.kept = self.kept or KeptOutputs(self.frozen, self.rows, folder)
+        if folder is not None and not main:  # what the main process has written
+            kept = KeptOutputs(self.frozen, self.rows, folder)
+        self.kept = self.dataset.kept = kept
 
     def _linear_start_batches(self):
         for start in range(0, min(LINEAR_START_ROWS, len(self.rows)), self.args.per_device_train_batch_size):
@@ -296,7 +309,7 @@ class FSPADTrainer(Trainer):
         if self.held_out is None or not self.args.coupling_positions:
             return {}
         draft, fitted = self.model, [{}]
-        if self.args.process_index == 0:
+        if self.args.process_index == 0 or self.sharded:
             texts = [(ids, mask) for ids, mask in documents(self.held_out[:COUPLING_ROWS]) if mask[2:].any()]
             if texts:
                 texts = [nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*texts, strict=True)]
@@ -317,6 +330,10 @@ def last_checkpoint(folder: str | os.PathLike) -> str | None:
         except (OSError, ValueError, TypeError):
             continue  # it was being written when the run was killed
     return max(found)[1] if found else None
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Numbered(Dataset):

@@ -46,6 +46,7 @@ def add_shared_arguments(parser, required: bool = False) -> tuple:
         models, "--keep-features", nargs="?", const=True, metavar="DIR",
         help="read the target once: into this folder, or without one into memory (default: at every step)",
     )  # fmt: skip
+    add(models, "--shard-target", action="store_true", help="split the target's layers over the processes (FSDP)")
     add(models, "--draft-vocab-size", type=int, metavar="N", help="draft the N most frequent ids (default: 16384)")
     add(models, "--no-linear-start", dest="linear_start", action="store_false", help="start at random weights")
 
@@ -129,6 +130,8 @@ def take_configs(options: dict, **defaults) -> dict:
 
 
 def _run(file: str | None, plan: bool, options: dict) -> int:
+    import gc
+
     from accelerate import PartialState
 
     from fspad_hf.training.arguments import read_arguments_file
@@ -146,5 +149,9 @@ def _run(file: str | None, plan: bool, options: dict) -> int:
         print(f"The draft is in {folder}. Try it, or measure it:")
         print(" ", shlex.join(["fspad-hf", "demo", *models]))
         print(" ", shlex.join(["fspad-hf", "bench", *models, "--per-task", "4", "--output", f"{Path(folder)}-bench"]))
-    PartialState().destroy_process_group()  # whose threads may else outlive the interpreter, which aborts then
+    # Threads of the process group, which a split target holds too, may else outlive the interpreter: it aborts then.
+    del draft
+    gc.collect()
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
     return 0

@@ -29,8 +29,17 @@ def files(llama, tokenizer, tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("files"), llama, tokenizer)
 
 
-@pytest.mark.parametrize("beyond", ["", " --self-steps 3 --self-step-decay 0.8 --top-k-weight 0.5 --top-k 4"])
+BEYOND = {
+    "": "",
+    "the objective": " --self-steps 3 --self-step-decay 0.8 --top-k-weight 0.5 --top-k 4",
+    "a target that is split": " --shard-target",
+    "and kept": " --shard-target --keep-features {folder}",
+}
+
+
+@pytest.mark.parametrize("beyond", BEYOND.values(), ids=BEYOND)
 def test_two_processes_are_one(files, tmp_path, capsys, beyond):
+    beyond = beyond.format(folder=tmp_path / "kept")
     options = "--steps 8 --batch-rows 4 --micro-rows 1 --log-every 1 --validate-every 4 --validate-tokens 60"
     options += " --warmup-steps 2 --draft-vocab-size 40 --checkpoint-every 3" + beyond
     command = ["train", *files, *options.split(), "--output"]
