@@ -4,12 +4,13 @@ python examples/as_pasted.py --per-task 2 --dtype float32 --draft released
 """
 
 import argparse
+import contextlib
 import time
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from fspad_hf import FSPADDraftModel
+from fspad_hf import FSPADDraftModel, bit_exact
 from fspad_hf.demo_target import demo_target, released_draft
 from fspad_hf.evaluation.spec_bench import read_questions
 from fspad_hf.runtime import resolve_dtype
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--draft", choices=["released", "random"], default="released")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--api", choices=["generate", "pipeline"], default="generate")
+    parser.add_argument("--bit-exact", action="store_true")
     args = parser.parse_args(argv)
 
     name, dtype = str(demo_target()), resolve_dtype(args.dtype, "cpu")
@@ -57,6 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     questions = read_questions(args.questions, args.per_task)
     chats = [[{"role": "user", "content": question.turns[0]}] for question in questions]
     batches = [chats[start : start + args.batch_size] for start in range(0, len(chats), args.batch_size)]
+    held = contextlib.ExitStack()
+    if args.bit_exact:
+        held.enter_context(bit_exact(target))
     for mode, options in MODES.items():
         seconds, tokens, same = [0.0, 0.0], [0, 0], 0
         for number, batch in enumerate(batches):
@@ -74,6 +79,7 @@ def main(argv: list[str] | None = None) -> None:
             f"tok/s, {speed[1] / speed[0]:.2f}x, {same} of {len(questions)} identical",
             flush=True,
         )
+    held.close()
 
 
 if __name__ == "__main__":

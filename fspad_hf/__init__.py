@@ -4,6 +4,7 @@ from importlib import import_module
 
 from .configuration_fspad import FSPADConfig
 from .generation.decoding import FSPADGenerateOutput, SpeculationRecord
+from .generation.exact_mode import bit_exact
 from .generation.graphs import free_graphs
 from .generation.hook import install, uninstall
 from .modeling_fspad import FSPADDraftModel, FSPADDraftOutput
@@ -19,6 +20,7 @@ __all__ = [
     "FSPADTrainingArguments",
     "SpeculationConfig",
     "SpeculationRecord",
+    "bit_exact",
     "free_graphs",
     "install",
     "uninstall",

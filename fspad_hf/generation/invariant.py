@@ -207,7 +207,8 @@ def path_attention(
         part = p[..., start:end].reshape(len(values), -1, end - start)
         made.append(_blocks_of(part, values).view(values.shape[1], key_heads, rows, group, -1))
         start = end
-    out = (made[0] if len(made) == 1 else torch.cat(made)).float().sum(0)  # over the blocks, in their order
+    # One block after the other: `sum` adds up in an order that depends on what lies beside.
+    out = (made[0] if len(made) == 1 else torch.cat(made)).float().cumsum(0)[-1]
     return out.transpose(0, 1).flatten(1, 2).to(query.dtype)
 
 

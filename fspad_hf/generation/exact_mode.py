@@ -23,14 +23,15 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from .generation.invariant import MOST, Paths, Rules, path_attention, paths_of
-from .generation.probe import probe
-from .generation.stateful import cache_of_rounds
-from .generation.tree import CandidateTree
-from .host import CACHE
-from .prepacking import PackedLinear
+from ..host import CACHE
+from ..prepacking import PackedLinear
+from .invariant import MOST, Paths, Rules, path_attention, paths_of
+from .probe import probe
+from .stateful import cache_of_rounds
+from .tree import CandidateTree
 
 ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
+OFFLOADED = "_old_forward"  # what accelerate calls between loading and dropping a module's weights
 REGISTERS = 64  # numbers, of any CPU and dtype
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 TRIED_PROMPT, TRIED_PATH, TRIED_NODES = 40, 5, (8, 31)
@@ -79,9 +80,9 @@ class _Mode:
                 if isinstance(module, (nn.Linear, Conv1D)) and _is_linear(module):
                     self._put(module, partial(_linear, weakref.ref(module), _rule_of(name, module)))
                 elif type(module) in ACTIVATIONS:
-                    self._put(module, partial(_activation, module.forward))
+                    self._put(module, partial(_activation, _forward_of(module)))
                 elif isinstance(getattr(module, "inv_freq", None), torch.Tensor):
-                    self._put(module, partial(_rotary, module.forward))
+                    self._put(module, partial(_rotary, _forward_of(module)))
             for config, implementation in _configs(model):
                 self._attention.append((config, implementation))
                 config._attn_implementation_internal = _name(implementation)
@@ -93,7 +94,7 @@ class _Mode:
 
     def _put(self, module: nn.Module, forward: Callable) -> None:
         """In place of what the module computes; accelerate keeps that elsewhere."""
-        place = "_old_forward" if "_old_forward" in vars(module) else "forward"
+        place = OFFLOADED if OFFLOADED in vars(module) else "forward"
         self._forwards.append((module, place, vars(module).get(place)))
         vars(module)[place] = forward
 
@@ -128,6 +129,10 @@ def _rule_of(name: str, module: nn.Module):
             "bits for all numbers of rows: use float32, or another number of threads."
         )
     return rule
+
+
+def _forward_of(module: nn.Module) -> Callable:
+    return vars(module).get(OFFLOADED, module.forward)
 
 
 def _linear(module: weakref.ref, rule, x: torch.Tensor) -> torch.Tensor:
@@ -200,12 +205,8 @@ def exact_attention(
         `[batch, rows, heads, width]`.
     """
     (batch, _, rows, width), columns = query.shape, key.shape[2]
-    if (
-        rows > MOST
-        or dropout
-        or kwargs.get("position_bias") is not None
-        or getattr(module, "is_causal", True) is False
-    ):
+    other = dropout or kwargs.get("position_bias") is not None or getattr(module, "is_causal", True) is False
+    if rows > MOST or 1 < rows == columns or other:
         told = {"scaling": scaling, "dropout": dropout, **kwargs}
         told |= {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
         default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
