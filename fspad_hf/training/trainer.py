@@ -98,7 +98,6 @@ class FSPADTrainer(Trainer):
                 "distributed launch, with shard_target=True (--shard-target) to split the target's layers."
             )
         model.config.__dict__.pop("use_cache", None)  # which Trainer sets, and no draft has
-        model.main_input_name = "input_ids"  # whose tokens Trainer counts
         self.model_accepts_loss_kwargs = True  # the loss is divided by the positions of the whole step
         self.dataset, self.tokenizer, self.about = dataset, processing_class, about or {}
         self.frozen = FrozenTarget(target.eval().requires_grad_(False), args.device, args.target_top_k)
@@ -137,9 +136,11 @@ class FSPADTrainer(Trainer):
             if self.args.linear_start and not resume_from_checkpoint:
                 warm_start(self.model, self.frozen.embed, self._linear_start_batches())
             began = time.perf_counter()
+            self.model.main_input_name = "input_ids"  # whose tokens Trainer counts
             try:
                 output = super().train(resume_from_checkpoint, **kwargs)
             finally:
+                del self.model.main_input_name
                 self.interrupts.restore()
             self.seconds["everything"] += time.perf_counter() - began
             if self.interrupts.came:
