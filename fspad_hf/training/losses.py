@@ -219,13 +219,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * grad_total[:, None], None, None, None, None, None
 
 
-def _cross_entropy(x, columns, p, head) -> tuple[torch.Tensor, torch.BoolTensor, torch.Tensor]:
+def _cross_entropy(x, columns, p, head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, hits and the gradient of x; a function of its own, so that its logits die with it."""
     with torch.enable_grad():
         x = x.requires_grad_()
-        logits = head(x).float()
-        columns, p = columns.to(logits.device), p.to(logits.device)
-        picked = logits.gather(1, columns.clamp(min=0))
-        loss = (p.sum(-1) * logits.logsumexp(-1) - (p * picked).sum(-1)).sum()
-    hits = (logits.argmax(-1) == columns[:, 0]).to(x.device)
-    return loss.detach(), hits, torch.autograd.grad(loss, x)[0]
+        logits = head(x)
+    values = logits.detach().float()
+    columns, p = columns.to(values.device), p.to(values.device)
+    total, places = values.logsumexp(-1, keepdim=True), columns.clamp(min=0)
+    loss = (p * (total - values.gather(1, places))).sum()
+    hits = (values.argmax(-1) == columns[:, 0]).to(x.device)
+    slope = (values - total).exp_().mul_(p.sum(-1, keepdim=True)).scatter_add_(1, places, -p)  # of the logits
+    return loss, hits, torch.autograd.grad(logits, x, slope.to(logits.dtype))[0]
