@@ -47,8 +47,8 @@ def bit_exact(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """
     Inside, `generate` gives the same tokens, scores and logits with a draft as without one, bit for bit, in any dtype.
 
-    It may be nested, and entered by several threads: it ends with the last of them. No other model is touched, and
-    nothing of it is saved or pickled with the model.
+    It may be nested, and entered by several threads: it ends with the last of them. No other model is touched, no
+    random number is drawn, and `save_pretrained` writes the model as outside; copy and pickle a model outside.
 
     Raises:
         ValueError: this model cannot be held bit-exact; the message says why, and the model is as it was.
@@ -76,7 +76,7 @@ class _Mode:
         self.users, self._forwards, self._attention = 0, [], []
         _refuse(model)
         try:
-            for name, module in model.named_modules():
+            for name, module in _parts(model):
                 if isinstance(module, (nn.Linear, Conv1D)) and _is_linear(module):
                     self._put(module, partial(_linear, weakref.ref(module), _rule_of(name, module)))
                 elif type(module) in ACTIVATIONS:
@@ -116,7 +116,7 @@ def _is_linear(module: nn.Module) -> bool:
         return type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype.is_floating_point
     if weight.device.type == "meta" or not weight.dtype.is_floating_point:
         return False
-    x = torch.randn(2, module.in_features, dtype=weight.dtype)
+    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(weight.dtype)  # draws nothing
     return torch.allclose(module(x), nn.functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-2)
 
 
@@ -167,10 +167,15 @@ def _refuse(model: PreTrainedModel) -> None:
             )
 
 
+def _parts(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """What rounds run: the decoder's modules and the LM head. What sees images runs within a prompt alone."""
+    return [*model.get_decoder().named_modules(), ("LM head", model.get_output_embeddings())]
+
+
 def _configs(model: PreTrainedModel) -> list[tuple]:
     """The configurations that say how its parts attend, and what they say."""
     found = {}
-    for module in model.modules():
+    for _, module in _parts(model):
         config = getattr(module, "config", None)
         if config is not None and isinstance(getattr(config, "_attn_implementation", None), str):
             found[id(config)] = (config, config._attn_implementation)
@@ -207,11 +212,11 @@ def exact_attention(
     (batch, _, rows, width), columns = query.shape, key.shape[2]
     other = dropout or kwargs.get("position_bias") is not None or getattr(module, "is_causal", True) is False
     if rows > MOST or 1 < rows == columns or other:
-        told = {"scaling": scaling, "dropout": dropout, **kwargs}
-        told |= {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
+        options = {"scaling": scaling, "dropout": dropout, **kwargs}
+        options |= {name: x for name, x in (("softcap", softcap), ("s_aux", s_aux)) if x is not None}
         default = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         attention = default if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
-        return attention(module, query, key, value, attention_mask, **told)
+        return attention(module, query, key, value, attention_mask, **options)
     scaling = width**-0.5 if scaling is None else scaling
     found = _paths(attention_mask, batch, rows, columns, query.device)
     made = [path_attention(query[b], key[b], value[b], found[b], scaling, softcap, s_aux) for b in range(batch)]

@@ -186,7 +186,7 @@ def path_attention(
     (_, rows, width), key_heads = query.shape, len(key)
     query = query.reshape(key_heads, -1, rows, width).transpose(1, 2)  # [key heads, rows, group, width]
     group = query.shape[2]
-    parts = [(one[0], _keys(key, paths, *one)) for one in _parts(paths, rows)]
+    parts = [(one[0], _keys(key, paths, *one)) for one in _parts(paths)]
     scores = [
         _scores(query.reshape(-1, rows * group if shared else group, width), keys).view(key_heads, rows, group, -1)
         for shared, keys in parts
@@ -201,7 +201,7 @@ def path_attention(
     p = scores.softmax(-1).to(query.dtype)
     p = p if sinks is None else p[..., 1:]
     made, start = [], 0
-    for one in _parts(paths, rows):
+    for one in _parts(paths):
         values = _keys(value, paths, *one)
         end = start + values.shape[1] * BLOCK
         part = p[..., start:end].reshape(len(values), -1, end - start)
@@ -212,15 +212,15 @@ def path_attention(
     return out.transpose(0, 1).flatten(1, 2).to(query.dtype)
 
 
-def _parts(paths: Paths, rows: int) -> list[tuple[bool, int, int]]:
-    """Of the keys: (whether all rows share them, from which block on, how many); one row has but one part."""
+def _parts(paths: Paths) -> list[tuple[bool, int]]:
+    """Of the keys: (whether all rows share them, how many blocks); one row has but one part."""
     own = paths.shown.shape[1] // BLOCK
     if paths.columns is None:
-        return [(True, 0, paths.blocks + own)]
-    return [part for part in ((True, 0, paths.blocks), (False, paths.blocks, own)) if part[2]]
+        return [(True, paths.blocks + own)]
+    return [part for part in ((True, paths.blocks), (False, own)) if part[1]]
 
 
-def _keys(keys: torch.Tensor, paths: Paths, shared: bool, start: int, count: int) -> torch.Tensor:
+def _keys(keys: torch.Tensor, paths: Paths, shared: bool, count: int) -> torch.Tensor:
     """A part of the keys or values, `[key heads (times rows), blocks, BLOCK, width]`."""
     if not shared:
         return keys[:, paths.columns].view(-1, count, BLOCK, keys.shape[-1])

@@ -23,9 +23,9 @@ from ..generation.verification import walk_and_emit
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel, FSPADDraftOutput
 from ..runtime import counted, quiet_transformers, writable_file, write_json
+from .targets import LOGITS_AT_ONCE
 
 TREES_AT_ONCE = 64
-LOGITS_AT_ONCE = 1 << 26
 
 
 class KnownNoise:

@@ -126,7 +126,7 @@ def run_training(
         raise
     trainer.save_model()
     if args.process_index == 0:
-        console.print(trainer.bounds(), highlight=False, soft_wrap=True)
+        console.print(trainer.throughput(), highlight=False, soft_wrap=True)
         write_curve(Path(args.output_dir) / "loss.svg", trainer.state.log_history)
     return draft.eval()
 

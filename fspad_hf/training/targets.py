@@ -60,15 +60,15 @@ class FrozenTarget:
     def __init__(self, target: PreTrainedModel, device: torch.device | None = None, top_k: int = TOP_K):
         self.model, self.view = target, probe(target).view(target)
         self.view.chooses_products = False  # by time, and so another run would round otherwise
-        self.entry = module_device(target.get_input_embeddings(), execution_device(target))
-        self.exit = module_device(self.view.head, self.entry)
-        self.device = self.entry if device is None else device
+        self.input_device = module_device(target.get_input_embeddings(), execution_device(target))
+        self.head_device = module_device(self.view.head, self.input_device)
+        self.device = self.input_device if device is None else device
         self.top_k = min(top_k, self.view.text_config.vocab_size)
 
     @torch.no_grad()
     def embed(self, ids: torch.LongTensor) -> torch.Tensor:
         """`[rows, length]` on any device in, `[rows, length, hidden]` on the draft's out."""
-        return self.view.embedding(ids.to(self.entry)).to(self.device)
+        return self.view.embedding(ids.to(self.input_device)).to(self.device)
 
     def logits(self, features: torch.Tensor, ids: torch.LongTensor | None = None) -> torch.Tensor:
         """
@@ -78,7 +78,7 @@ class FrozenTarget:
             ids (`[drafted]`): only these columns, the same ones throughout; `None` is the whole vocabulary.
         """
         return self.view.draft_logits(
-            features.to(self.exit, self.model.dtype), None if ids is None else ids.to(self.exit)
+            features.to(self.head_device, self.model.dtype), None if ids is None else ids.to(self.head_device)
         )
 
     @torch.no_grad()
@@ -89,9 +89,9 @@ class FrozenTarget:
         Args:
             segments (`[rows, length]`): the document of each token: none sees another's, and positions start again.
         """
-        decoder, inputs = self.model.get_decoder(), {"input_ids": ids.to(self.entry)}
+        decoder, inputs = self.model.get_decoder(), {"input_ids": ids.to(self.input_device)}
         if segments is not None:
-            segments = segments.to(self.entry)
+            segments = segments.to(self.input_device)
             windows = attention_windows(self.view.text_config)
             masks = {kind: segment_mask(segments, self.model.dtype, window) for kind, window in windows.items()}
             inputs["attention_mask"] = masks if len(masks) > 1 else next(iter(masks.values()))
@@ -213,13 +213,15 @@ class KeptOutputs:
         if shard["rows_sha256"] != rows.sha256():
             raise ValueError(
                 f"{str(file)!r} was made from other rows than number {self.starts[number]} and on of this data: "
-                "repeat the first data and seed, or name another folder."
+                "repeat the first data, or name another folder."
             )
         try:
             with safe_open(file, "pt") as found:
                 assert found.get_slice("features").get_shape()[0] == len(rows)
         except (OSError, SafetensorError, AssertionError) as error:
-            raise ValueError(f"{str(file)!r} is damaged or missing ({error}): delete the folder.") from error
+            raise ValueError(
+                f"{str(file)!r} is damaged or missing ({error}): delete the folder, and it is made anew."
+            ) from error
 
 
 def shard_layers(target: PreTrainedModel, device: torch.device) -> PreTrainedModel:

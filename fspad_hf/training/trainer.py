@@ -1,6 +1,8 @@
 """Training a draft as transformers trains models; ours are the loss, the target, and how to evaluate."""
 
+import copy
 import json
+import math
 import os
 import shutil
 import time
@@ -83,6 +85,7 @@ class FSPADTrainer(Trainer):
         if eval_dataset is not None and len(eval_dataset):
             self.held_out = TrainingRows.of(eval_dataset)
         _check(model, self.rows, args)
+        args = copy.copy(args)  # the caller's stay as they are
         if self.held_out is None:
             args.eval_strategy, args.load_best_model_at_end = "no", False
         args._n_gpu = min(args.n_gpu, 1)  # several take accelerate launch: torch's DataParallel copies at every step
@@ -111,6 +114,8 @@ class FSPADTrainer(Trainer):
         self.kept: KeptOutputs | None = None
         self.seconds: Counter[str] = Counter()  # of this process, by what they went to
         self.seconds_before = 0.0  # of the sittings before this one
+        self.began: float | None = None  # this one, by time.perf_counter ...
+        self.sitting = 0.0  # ... and how long it took
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
@@ -135,14 +140,14 @@ class FSPADTrainer(Trainer):
             self._keep_features()
             if self.args.linear_start and not resume_from_checkpoint:
                 warm_start(self.model, self.frozen.embed, self._linear_start_batches())
-            began = time.perf_counter()
+            self.began = time.perf_counter()
             self.model.main_input_name = "input_ids"  # whose tokens Trainer counts
             try:
                 output = super().train(resume_from_checkpoint, **kwargs)
             finally:
                 del self.model.main_input_name
                 self.interrupts.restore()
-            self.seconds["everything"] += time.perf_counter() - began
+                self.sitting, self.began = time.perf_counter() - self.began, None
             if self.interrupts.came:
                 raise TrainingInterrupted(self.state, self.args)
         for name in AUTOCAST:
@@ -196,25 +201,25 @@ class FSPADTrainer(Trainer):
         with self._bare_draft() as draft:
             found = validate(draft, self.frozen.model, rows, self.args, *place, reduce)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        if (wanted := f"{metric_key_prefix}_{self.args.metric_for_best_model}") not in metrics and "tau" in wanted:
-            metrics[wanted] = 1.0  # no text was long enough to simulate
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.seconds["evaluation"] += time.perf_counter() - began
-        return metrics
+        # Where no text was long enough to simulate, tau is not known, and no evaluation the best by it.
+        unknown = {f"{metric_key_prefix}_{name}": math.nan for name in ("tau", "coupled_tau")}
+        return unknown | metrics
 
-    def bounds(self) -> str:
-        """What the time of this sitting went to, as "2,104 tokens/s: the draft 61 %, ..."."""
-        seconds = {name: value for name, value in self.seconds.items() if name != "everything"}
-        if not (whole := self.seconds["everything"]):
+    def throughput(self) -> str:
+        """Tokens a second of this sitting and what its time went to, as "2,104 tokens/s: the draft 61 %, ..."."""
+        if not (whole := self.sitting):
             return "nothing was left to train"
+        seconds = dict(self.seconds)
         seconds["reading rows, checkpoints and the optimizer"] = whole - sum(seconds.values())
         tokens = self.state.num_input_tokens_seen - self._initial_num_input_tokens_seen
         shares = [f"{name} {value / whole:.0%}" for name, value in sorted(seconds.items(), key=lambda part: -part[1])]
-        told = f"{tokens / whole:,.0f} tokens/s: {', '.join(shares)}"
-        if seconds["the target"] > 0.3 * whole and self.kept is None:
-            told += ". The target is read at every step: keep_features reads it once"
-        return told
+        line = f"{tokens / whole:,.0f} tokens/s: {', '.join(shares)}"
+        if self.seconds["the target"] > 0.3 * whole and self.kept is None:
+            line += ". The target is read at every step: keep_features reads it once"
+        return line
 
     def _keep_features(self) -> None:
         """[`KeptOutputs`], made by the main process and read by all."""
@@ -263,7 +268,8 @@ class FSPADTrainer(Trainer):
         """The draft, its tokenizer and training.json, in place of Trainer's pickled arguments."""
         if not self.args.should_save:
             return
-        seconds = self.seconds_before + sum(self.seconds.values())
+        now = time.perf_counter()
+        seconds = self.seconds_before + (self.sitting if self.began is None else now - self.began)
         told = make_provenance(self, seconds) | self.about
         with self._bare_draft() as draft:
             save_draft(draft, Path(output_dir or self.args.output_dir), self.tokenizer, told, state_dict)

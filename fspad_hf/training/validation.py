@@ -69,18 +69,17 @@ def validate(
     measured = measured.to(target.dtype)
     measured.speculation_config.coupled_drafting = True
     rows, depth = rows[: args.eval_rows], draft.speculation_settings().tree_depth
-    sums = _Sums(depth)
+    sums, frozen = _Sums(depth), FrozenTarget(target, measured.device, args.target_top_k)
     for start in range(part * ROWS_AT_ONCE, len(rows), parts * ROWS_AT_ONCE):
-        _teacher_forced(measured, target, rows[start : start + ROWS_AT_ONCE], args.target_top_k, sums)
+        _teacher_forced(measured, frozen, rows[start : start + ROWS_AT_ONCE], sums)
     for number, span in enumerate(spans(rows, args.eval_tokens)):
         if number % parts == part:
             _simulated(measured, target, span, args.seed + number, sums)
     return sums.ratios(reduce, args)
 
 
-def _teacher_forced(draft, target, rows: TrainingRows, top_k: int, sums: "_Sums") -> None:
-    frozen, drafted = FrozenTarget(target, draft.device, top_k), draft.draft_vocab_ids
-    rows = rows.counted()
+def _teacher_forced(draft, frozen: FrozenTarget, rows: TrainingRows, sums: "_Sums") -> None:
+    rows, drafted = rows.counted(), draft.draft_vocab_ids
     ids, mask = rows.ids.to(draft.device).long(), rows.mask.to(draft.device)
     segments = None if rows.segments is None else rows.segments.to(draft.device)
     known = frozen(ids, mask, segments)

@@ -1,5 +1,6 @@
 """Inside `bit_exact` speculation has plain decoding's bits: tokens, scores, logits, cache; in half precision too."""
 
+import contextlib
 import copy
 import pickle
 import threading
@@ -110,6 +111,26 @@ def test_it_ends_and_leaves_nothing(prompt):
     assert model.config.to_dict() == config and model.config._attn_implementation == "sdpa"
     assert not any(b"fspad" in pickle.dumps(m) for m in (model.config, model.state_dict()))
     assert model.generate(prompt, max_new_tokens=9).tolist() == before.tolist()
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon"])
+def test_entering_draws_nothing(name):
+    model = build(name)
+    state = torch.get_rng_state()
+    with contextlib.suppress(ValueError), bit_exact(model):  # falcon's linear layers are its own, its alibi is refused
+        pass
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_sees_images_is_left_alone(monkeypatch):
+    """It runs within a prompt, alike with a draft and without."""
+    from .. import tiny_vision
+
+    for name in tiny_vision.CONFIGS:
+        model = tiny_vision.build(name)
+        inside = {id(m) for m in (*model.get_decoder().modules(), model.get_output_embeddings())}
+        assert {id(m) for _, m in module._parts(model)} == inside
+        assert any(id(m) not in inside and isinstance(m, nn.Linear) for m in model.modules())
 
 
 def test_one_model_alone_is_touched_and_the_last_thread_ends_it(prompt):
