@@ -257,6 +257,17 @@ def test_rows_see_their_own_keys_in_order(data):
         assert torch.equal(path_attention(q[:, row : row + 1], k[:, seen], v[:, seen], own, 0.25)[0], out[row])
 
 
+@pytest.mark.parametrize("prefix", [31, 95, 127, 159])
+def test_a_row_in_the_next_block_of_keys_changes_no_other(prefix):
+    """The first row ends a block of 32 keys; behind it the second one begins another."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(n, c, 16) for n, c in ((2, 2), (2, prefix + 2), (2, prefix + 2)))
+    visible = torch.ones(2, prefix + 2, dtype=torch.bool).tril(prefix)
+    together = path_attention(q, k, v, paths_of(visible), 0.25)
+    alone = path_attention(q[:, :1], k[:, :-1], v[:, :-1], paths_of(visible[:1, :-1]), 0.25)
+    assert torch.equal(together[:1], alone)
+
+
 def test_nothing_is_exact_by_a_draft_alone(llama):
     """Without the mode a bfloat16 forward over many rows differs: the tests above compare what could differ."""
     model = build("llama", torch.bfloat16)

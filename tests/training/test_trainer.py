@@ -112,6 +112,15 @@ def test_a_data_set_as_transformers_users_have_it(llama, rows, tmp_path):
             TrainingRows.of([bad])
 
 
+def test_noise_is_another_for_each_row_step_and_seed(llama, rows, tmp_path):
+    seen = set()
+    for seed in (0, 1):
+        made = trainer.FSPADTrainer(fresh_draft(llama), llama, arguments(tmp_path, seed=seed), all_counted(rows))
+        for made.state.global_step in (0, 1, 500):
+            seen.update(made._noise_seeds({"row": torch.arange(12)}))
+    assert len(seen) == 2 * 3 * 12
+
+
 def test_processes_with_other_data_are_refused(monkeypatch):
     monkeypatch.setattr(trainer, "broadcast_object_list", lambda objects: [{"seed": 0, "data_sha256": "ab"}])
     with pytest.raises(ValueError, match=r"Process 1 and the main process differ in \['data_sha256'\]"):
