@@ -7,8 +7,8 @@ keys in the order that plain decoding has them, in blocks of `BLOCK` keys, and a
 what a tree lies behind, all rows share; of the tree each row gathers its own path.
 """
 
+import contextlib
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -51,14 +51,14 @@ class Rule:
         return out[:count].unflatten(0, x.shape[:-1])
 
 
+# The quickest first, as measured with AVX2 and with AVX-512. Their order is fixed: another process has the same bits.
 RULES = (
-    Rule(linear), Rule(direct), Rule(direct, 2), Rule(linear, 4), Rule(linear, 8, 8), Rule(transposed, 8, 8),
-    Rule(linear, 1, 1),
+    Rule(linear), Rule(direct, 2), Rule(linear, 4), Rule(transposed, 8, 8), Rule(linear, 8, 8), Rule(linear, 1, 1)
 )  # fmt: skip
 
 
 class Rules:
-    """What this machine has shown so far: (shape, dtype, layout, bias, threads) -> the quickest rule that holds."""
+    """What this machine has shown so far: (shape, dtype, layout, bias, threads) -> the first rule that holds."""
 
     def __init__(self):
         self.found: dict[tuple, Rule | None] = {}
@@ -70,22 +70,19 @@ class Rules:
         with self._lock, torch.random.fork_rng(devices=[]), torch.no_grad():
             if key not in self.found:
                 torch.manual_seed(0)
-                self.found[key] = _best_rule(*key[:4])
+                self.found[key] = _first_rule(*key[:4])
             return self.found[key]
 
 
-def _best_rule(shape: tuple[int, int], dtype: torch.dtype, contiguous: bool, has_bias: bool) -> Rule | None:
+def _first_rule(shape: tuple[int, int], dtype: torch.dtype, contiguous: bool, has_bias: bool) -> Rule | None:
     weight = _cancelling(shape[1], shape[0], sign=-1).to(dtype)
     weight = weight if contiguous else weight.T.contiguous().T
     bias = SMALL * torch.randn(shape[0]).to(dtype) if has_bias else None
-    seconds = {}
     for rule in RULES:
-        try:
+        with contextlib.suppress(RuntimeError):  # a product that this dtype or layout does not have
             if holds(lambda x, rule=rule: rule(x, weight, bias), shape[1], dtype):
-                seconds[rule] = _seconds(rule, weight, bias)
-        except RuntimeError:
-            continue  # a product that this dtype or layout does not have
-    return min(seconds, key=seconds.get, default=None)
+                return rule
+    return None
 
 
 def holds(product: Callable, width: int, dtype: torch.dtype, counts: Sequence[int] = COUNTS) -> bool:
@@ -114,19 +111,6 @@ def _cancelling(width: int, rows: int, sign: int = 1) -> torch.Tensor:
     part, rest = torch.randn(rows, half), SMALL * torch.randn(rows, width - 2 * half)
     order = torch.randperm(width, generator=torch.Generator().manual_seed(width))
     return torch.cat((part, sign * part, rest), dim=1)[:, order]
-
-
-def _seconds(rule: Rule, weight: torch.Tensor, bias: torch.Tensor | None) -> float:
-    """Of one row and of eight."""
-    total = 0.0
-    for count in (1, 8):
-        x, taken = torch.randn(count, weight.shape[1]).to(weight.dtype), []
-        for _ in range(4):
-            began = time.perf_counter()
-            rule(x, weight, bias)
-            taken.append(time.perf_counter() - began)
-        total += min(taken)
-    return total
 
 
 @dataclass
@@ -184,50 +168,53 @@ def path_attention(
         `[rows, heads, width of value]`.
     """
     (_, rows, width), key_heads = query.shape, len(key)
-    query = query.reshape(key_heads, -1, rows, width).transpose(1, 2)  # [key heads, rows, group, width]
+    query = (query * scaling).reshape(key_heads, -1, rows, width).transpose(1, 2)  # [key heads, rows, group, width]
     group = query.shape[2]
-    parts = [(one[0], _keys(key, paths, *one)) for one in _parts(paths)]
     scores = [
-        _scores(query.reshape(-1, rows * group if shared else group, width), keys).view(key_heads, rows, group, -1)
-        for shared, keys in parts
+        _scores(query.reshape(len(keys), -1, width), keys).view(key_heads, rows, group, -1)
+        for keys in _parts(key, paths)
     ]
-    scores = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).float() * scaling
+    scores = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).float()
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    scores[..., scores.shape[-1] - paths.shown.shape[1] :].masked_fill_(~paths.shown[None, :, None], float("-inf"))
+    own = paths.shown.shape[1]
+    scores[..., scores.shape[-1] - own :].masked_fill_(~paths.shown[None, :, None], float("-inf"))
     if sinks is not None:  # before the keys, where their number is of no account
         sink = sinks.float().view(key_heads, 1, group, 1).expand(-1, rows, -1, -1)
         scores = torch.cat((sink, scores), dim=-1)
     p = scores.softmax(-1).to(query.dtype)
     p = p if sinks is None else p[..., 1:]
     made, start = [], 0
-    for one in _parts(paths):
-        values = _keys(value, paths, *one)
+    for values in _parts(value, paths):
         end = start + values.shape[1] * BLOCK
         part = p[..., start:end].reshape(len(values), -1, end - start)
         made.append(_blocks_of(part, values).view(values.shape[1], key_heads, rows, group, -1))
         start = end
-    # One block after the other: `sum` adds up in an order that depends on what lies beside.
-    out = (made[0] if len(made) == 1 else torch.cat(made)).float().cumsum(0)[-1]
+    out = _summed((made[0] if len(made) == 1 else torch.cat(made)).float())
     return out.transpose(0, 1).flatten(1, 2).to(query.dtype)
 
 
-def _parts(paths: Paths) -> list[tuple[bool, int]]:
-    """Of the keys: (whether all rows share them, how many blocks); one row has but one part."""
-    own = paths.shown.shape[1] // BLOCK
-    if paths.columns is None:
-        return [(True, paths.blocks + own)]
-    return [part for part in ((True, paths.blocks), (False, own)) if part[1]]
+def _summed(blocks: torch.Tensor) -> torch.Tensor:
+    """Over the first dimension, in pairs, then pairs of pairs: an order in which blocks of zeros make no difference."""
+    while len(blocks) > 1:
+        blocks, second = blocks[0::2], blocks[1::2]
+        blocks[: len(second)] += second
+    return blocks[0]
 
 
-def _keys(keys: torch.Tensor, paths: Paths, shared: bool, count: int) -> torch.Tensor:
-    """A part of the keys or values, `[key heads (times rows), blocks, BLOCK, width]`."""
-    if not shared:
-        return keys[:, paths.columns].view(-1, count, BLOCK, keys.shape[-1])
-    found = keys[:, paths.first : paths.first + count * BLOCK]
-    if lacking := count * BLOCK - found.shape[1]:
-        found = pad(found, (0, 0, 0, lacking))
-    return found.unflatten(1, (count, BLOCK))
+def _parts(keys: torch.Tensor, paths: Paths) -> list[torch.Tensor]:
+    """
+    The keys or values that all rows share, and each row's own: `[key heads (times rows), blocks, BLOCK, width]`. A part
+    that is empty is left out.
+    """
+    shared = paths.blocks * BLOCK
+    beginning = keys[:, paths.first : paths.first + shared].unflatten(1, (-1, BLOCK)) if shared else None
+    if paths.columns is not None:
+        own = keys[:, paths.columns].view(-1, paths.shown.shape[1] // BLOCK, BLOCK, keys.shape[-1])
+    else:
+        own = keys[:, paths.first + shared :]
+        own = pad(own, (0, 0, 0, paths.shown.shape[1] - own.shape[1])).unflatten(1, (-1, BLOCK))
+    return [own] if beginning is None else [beginning, own] if own.shape[1] else [beginning]
 
 
 def _scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
