@@ -11,7 +11,7 @@ import transformers
 
 from ..loading import encode_chat
 from ..runtime import changed_settings, write_file, write_json
-from .divergence import first_divergence
+from .divergence import BIT_OUTPUTS, first_divergence, first_different_bits
 from .peers import MODES, Answer, Method
 from .spec_bench import Question
 
@@ -39,6 +39,7 @@ class BenchConfig:
     trees: dict[str, list[int]] = field(default_factory=dict)
     threads: int = 1
     raw_prompts: bool = False
+    bit_exact: bool = False
 
 
 class RecordFile:
@@ -178,9 +179,19 @@ class Bench:
         sequences = (plain.sequences, result.sequences)
         try:
             found = first_divergence(self.target, inputs, *sequences, seed=self.config.seed, **MODES[mode])
+            bits = self._bits(method, inputs, mode) if found is not None and self.config.bit_exact else {}
         except Exception as error:  # they differ, and plain generate could not be run again to see by how much
             return {"identical": False, "divergence": {"error": reason(error)}}
-        return {"identical": found is None, "divergence": None if found is None else asdict(found)}
+        return {"identical": found is None, "divergence": None if found is None else asdict(found) | bits}
+
+    def _bits(self, method: Method, inputs: dict, mode: str) -> dict:
+        """The first layer whose bits differ, from two more runs."""
+        tokens, seed = self.config.max_new_tokens, self.config.seed
+        runs = [
+            way.outputs(self.target, inputs, mode, tokens, seed, **BIT_OUTPUTS) for way in (self.methods[0], method)
+        ]
+        differing = first_different_bits(*runs)
+        return {"bits": None if differing is None else asdict(differing)}
 
     def _count(self, tokens: torch.LongTensor) -> int:
         """Up to the first EOS, itself counted, whatever a method puts after it."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 # In half precision a forward of many rows rounds otherwise than one of a single row, so near ties may fall either way.
 # Gaps seen there: greedy one unit in the last place of a logit, sampled up to 0.5 in log p - log E.
@@ -36,6 +37,38 @@ class Divergence:
     def is_near_tie(self, mode: str) -> bool:
         """Whether rounding in half precision explains it; `mode` is "greedy" or "sampled"."""
         return self.gap is not None and abs(self.gap) <= HALF_GAPS[mode]
+
+
+@dataclass(frozen=True)
+class BitDifference:
+    """
+    Args:
+        index: of the first new token whose forward differs, counted from 0 at the end of the prompt.
+        layer: the first of the decoder's layers that differs there, counted from 1; 0 is the embeddings, `None` the
+            logits alone.
+        numbers: how many of its output's numbers (of the logits') differ.
+    """
+
+    index: int
+    layer: int | None
+    numbers: int
+
+
+BIT_OUTPUTS = {"return_dict_in_generate": True, "output_logits": True, "output_hidden_states": True}
+
+
+def first_different_bits(plain: ModelOutput, other: ModelOutput) -> BitDifference | None:
+    """Compares two `generate`s of one sequence, made with `BIT_OUTPUTS`, up to the first token that differs."""
+    for index, logits in enumerate(zip(plain.logits, other.logits, strict=False)):
+        layers = zip(*(outputs.hidden_states[index] for outputs in (plain, other)), strict=True)
+        for layer, (ours, theirs) in enumerate(layers):
+            if not torch.equal(ours, theirs):
+                return BitDifference(index, layer, int((ours != theirs).sum()))
+        if not torch.equal(*logits):
+            return BitDifference(index, None, int((logits[0] != logits[1]).sum()))
+        if not torch.equal(*(outputs.sequences[0, -len(outputs.logits) :][index] for outputs in (plain, other))):
+            return None
+    return None
 
 
 @torch.no_grad()

@@ -74,13 +74,9 @@ class Method:
     ) -> Answer:
         """Runs and times one `generate`, after `torch.manual_seed(seed)`."""
         timer = self.timer()
-        torch.manual_seed(seed)
         _synchronize(target.device)
         start = time.perf_counter()
-        output = target.generate(
-            **inputs, **MODES[mode], **self.call_arguments(), streamer=timer, max_new_tokens=max_new_tokens,
-            return_dict_in_generate=True,
-        )  # fmt: skip
+        output = self.outputs(target, inputs, mode, max_new_tokens, seed, streamer=timer, return_dict_in_generate=True)
         _synchronize(target.device)
         end = time.perf_counter()
         record = getattr(output, "speculation", None)
@@ -88,6 +84,12 @@ class Method:
         ours = isinstance(self.arguments.get("assistant_model"), FSPADDraftModel)
         speculated = record is not None if ours else None
         return Answer(output.sequences.cpu(), end - start, (timer.first or end) - start, accepted, speculated)
+
+    def outputs(self, target: PreTrainedModel, inputs: dict, mode: str, max_new_tokens: int, seed: int, **options):
+        """What `generate` gives after `torch.manual_seed(seed)`."""
+        torch.manual_seed(seed)
+        options |= MODES[mode] | self.call_arguments()
+        return target.generate(**inputs, **options, max_new_tokens=max_new_tokens)
 
     def call_arguments(self) -> dict[str, Any]:
         return self.arguments

@@ -127,6 +127,9 @@ def _differences(methods: dict, mode: str) -> list[str]:
         for found in result["lossless"]["first_differences"]:
             d = found["divergence"]
             gap = d.get("error") or ("-" if d["gap"] is None else f"{d['gap']:.3g}")
+            if bits := d.get("bits"):
+                layer = "the logits" if bits["layer"] is None else f"layer {bits['layer']}"
+                gap += f"; bits from {layer} of token {bits['index']} on"
             cells = [name, found["question"], found["turn"] + 1, d.get("index", "-"), gap]
             rows.append("| " + " | ".join(map(str, cells)) + " |")
     if not rows:

@@ -7,6 +7,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..configuration_fspad import FSPADConfig
+from ..generation import exact_mode
 from ..generation.tree import TreeShape
 from ..loading import Models, load_draft, load_models
 from ..runtime import check_reachable, is_exact, quiet_transformers, status, time_left, write_json
@@ -45,6 +47,7 @@ def run_bench(
     max_new_tokens: int = 128,
     seed: int = 0,
     raw_prompts: bool = False,
+    bit_exact: bool = False,
     console: Console | None = None,
     **trees: int | str | None,
 ) -> dict:
@@ -60,6 +63,7 @@ def run_bench(
         prompts: the user's own prompts instead, see [`read_prompts`].
         tasks, per_task, turns: only these tasks, so many questions of each, so many turns of each.
         raw_prompts: do without a chat template.
+        bit_exact: all methods run inside [`bit_exact`], in which no tie excuses a difference.
 
     Returns:
         What results.json holds: title, command, config, machine, questions, summary (what a model card shows of
@@ -95,12 +99,13 @@ def run_bench(
         modes=tuple(modes), methods=tuple(way.name for way in ways),
         max_new_tokens=max_new_tokens, seed=seed, device=str(models.target.device),
         dtype=str(models.target.dtype).removeprefix("torch."), threads=torch.get_num_threads(),
-        raw_prompts=raw_prompts,
+        raw_prompts=raw_prompts, bit_exact=bit_exact,
         trees={name: tree_settings(draft.speculation_settings(draft.device)) for name, draft in loaded.items()},
     )  # fmt: skip
     file = RecordFile(folder, config)
     try:
-        _ask_all(asked, models, ways, config, file, console or Console())
+        with exact_mode.bit_exact(models.target) if bit_exact else nullcontext():
+            _ask_all(asked, models, ways, config, file, console or Console())
     finally:
         results = _results(file, config, models)
         if file.records:
@@ -159,7 +164,7 @@ def _results(file: RecordFile, config: BenchConfig, models: Models) -> dict:
 
     figures = summarise(file.records)
     machine = describe_machine(models.target.device)
-    exact = is_exact(str(models.target.device.type), models.target.dtype)
+    exact = config.bit_exact or is_exact(str(models.target.device.type), models.target.dtype)
     return {
         "title": f"{Path(config.target).name} on {config.source}",
         "command": "fspad-hf " + shlex.join(sys.argv[1:]),

@@ -1,17 +1,19 @@
 """`fspad-hf verify`: is FSPAD lossless on this model, this machine, these settings? Nothing else is measured."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from ..generation import exact_mode
 from ..generation.probe import probe
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import quiet_transformers, writable_file, write_json
-from .divergence import first_divergence
+from .divergence import BIT_OUTPUTS, first_divergence, first_different_bits
 
 GREEDY = {"num_beams": 1, "do_sample": False}
 SAMPLED = {"num_beams": 1, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -96,6 +98,7 @@ def verify(
     max_new_tokens: int = 48,
     long_prompt: int | None = None,
     report: Callable[[Check], None] = lambda check: None,
+    bits: bool = False,
 ) -> list[Check]:
     """
     Holds FSPAD against plain `generate`, setting by setting.
@@ -105,6 +108,7 @@ def verify(
         long_prompt: tokens of the long prompt; by default past the model's sliding window, if it has one, else a
             quarter of its context, and at most 2,048.
         report: called with each setting's [`Check`] as it is done.
+        bits: inside [`bit_exact`]: hidden states and logits are compared bit for bit, too, and no tie is an excuse.
 
     Raises:
         ValueError: no prompt, no seed, or max_new_tokens below 2.
@@ -114,7 +118,7 @@ def verify(
             f"prompts={list(prompts)!r}, seeds={list(seeds)!r}, max_new_tokens={max_new_tokens}: expected texts, a "
             "seed or more, and at least 2 tokens."
         )
-    exact = model.dtype in (torch.float32, torch.float64) and getattr(model, "hf_quantizer", None) is None
+    exact = bits or model.dtype in (torch.float32, torch.float64) and getattr(model, "hf_quantizer", None) is None
     texts = [encode_chat(tokenizer, [{"role": "user", "content": prompt}], model.device) for prompt in prompts]
     lengthened = [lengthen(texts[0], long_prompt or _long_length(model, max_new_tokens))]
     checks = []
@@ -123,7 +127,9 @@ def verify(
         try:
             for inputs in lengthened if setting.long_prompt else texts:
                 for seed in seeds if setting.arguments["do_sample"] else seeds[:1]:
-                    _hold_against_plain(model, draft, inputs, setting.arguments, seed, max_new_tokens, exact, check)
+                    _hold_against_plain(
+                        model, draft, inputs, setting.arguments, seed, max_new_tokens, exact, check, bits
+                    )
         except Exception as error:
             check.error = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0][:200]}"
         checks.append(check)
@@ -131,8 +137,11 @@ def verify(
     return checks
 
 
-def _hold_against_plain(model, draft, inputs, arguments, seed, max_new_tokens, exact, check: Check) -> None:
+def _hold_against_plain(
+    model, draft, inputs, arguments, seed, max_new_tokens, exact, check: Check, bits: bool
+) -> None:
     wanted = {**arguments, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
+    wanted |= BIT_OUTPUTS if bits else {}
     torch.manual_seed(seed)
     plain = model.generate(**inputs, **wanted)
     state = _random_state(model.device)
@@ -145,12 +154,16 @@ def _hold_against_plain(model, draft, inputs, arguments, seed, max_new_tokens, e
         check.tokens, check.rounds = check.tokens + sum(record.accepted_lengths), check.rounds + record.rounds
     check.compared += 1
     found = first_divergence(model, inputs, plain.sequences, fast.sequences, seed=seed, **arguments)
-    if found is None and same_state:
+    differing = first_different_bits(plain, fast) if bits else None
+    if found is None and same_state and differing is None:
         check.same += 1
         return
+    if differing is not None:
+        check.differences.append({"seed": seed, "bits": asdict(differing)})
     if found is None:
         check.real += 1
-        check.differences.append({"seed": seed, "random_state": "differs"})
+        if not same_state:
+            check.differences.append({"seed": seed, "random_state": "differs"})
         return
     if not exact and found.is_near_tie("sampled" if arguments["do_sample"] else "greedy"):
         check.near_ties += 1
@@ -184,7 +197,7 @@ def lengthen(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Te
 def run_verify(
     target: str | None = None, draft: str | None = None, device: str | None = None, dtype: str | None = None,
     prompts: Sequence[str] | None = None, seeds: int = 2, max_new_tokens: int = 48, long_prompt: int | None = None,
-    json_file: str | None = None,
+    json_file: str | None = None, bit_exact: bool = False,
     **trees: int | str | None,
 ) -> bool:  # fmt: skip
     """`fspad-hf verify`: prints a row a setting; whether some answer was speculated, and no difference is
@@ -201,10 +214,10 @@ def run_verify(
     def show(check: Check):
         console.print(Text(_line(check), "" if check.passed else "bold red"), soft_wrap=True)
 
-    with quiet_transformers():
+    with quiet_transformers(), exact_mode.bit_exact(models.target) if bit_exact else nullcontext():
         checks = verify(
             models.target, models.tokenizer, models.draft, prompts or PROMPTS, range(seeds), max_new_tokens,
-            long_prompt, show,
+            long_prompt, show, bit_exact,
         )  # fmt: skip
     if json_file is not None:
         write_json(json_file, [asdict(check) | {"passed": check.passed} for check in checks])
@@ -216,7 +229,7 @@ def run_verify(
         return False
     compared, same = sum(check.compared for check in checks), sum(check.same for check in checks)
     near = sum(check.near_ties for check in checks)
-    what = str(models.target.dtype).removeprefix("torch.")
+    what = str(models.target.dtype).removeprefix("torch.") + ", bit for bit" * bit_exact
     console.print(
         f"{'lossless' if passed else 'NOT LOSSLESS'} in {what}: {same} of {compared} answers identical"
         + (f", {near} part at a near tie" if near else ""),

@@ -18,7 +18,8 @@ from torch.nn.functional import linear, pad
 from .few_rows import direct, transposed
 
 BLOCK = 32  # keys
-BATCHED_ROWS = 4  # of the products in attention, which are padded to a multiple
+BATCHED_ROWS = 4  # the products in attention are padded to a multiple, and to
+BATCHED_SIZE = 4096  # multiplications: in half precision smaller ones go to another library
 MOST = 64  # rows of a sequence; longer forwards are prompts, which plain and speculative decoding read alike
 COUNTS = (1, 2, 3, 5, 8, 13, 31, 60)  # rows that a product is tried with
 COMPARED = 50_000  # numbers, at least
@@ -220,7 +221,7 @@ def _parts(keys: torch.Tensor, paths: Paths) -> list[torch.Tensor]:
 def _scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Query `[n, rows, width]`, keys `[n, blocks, BLOCK, width]`: `[n, rows, blocks * BLOCK]`."""
     (n, rows, width), blocks = query.shape, keys.shape[1]
-    query = pad(query, (0, 0, 0, -rows % BATCHED_ROWS))[:, None].expand(-1, blocks, -1, -1)
+    query = _padded(query, width)[:, None].expand(-1, blocks, -1, -1)
     scores = torch.bmm(query.reshape(n * blocks, -1, width), keys.reshape(-1, BLOCK, width).transpose(1, 2))
     return scores.view(n, blocks, -1, BLOCK)[:, :, :rows].transpose(1, 2).reshape(n, rows, -1)
 
@@ -229,5 +230,10 @@ def _blocks_of(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """P `[n, rows, blocks * BLOCK]` times each block of values, `[blocks, n, rows, width]`."""
     (n, rows, _), (_, blocks, _, width) = p.shape, values.shape
     p = p.view(n, rows, blocks, BLOCK).transpose(1, 2)
-    p = pad(p, (0, 0, 0, -rows % BATCHED_ROWS)).reshape(n * blocks, -1, BLOCK)
+    p = _padded(p, width).reshape(n * blocks, -1, BLOCK)
     return torch.bmm(p, values.reshape(-1, BLOCK, width)).view(n, blocks, -1, width)[:, :, :rows].transpose(0, 1)
+
+
+def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Rows, the last dimension but one, to a multiple that a product with `BLOCK` keys so wide does not depend on."""
+    return pad(x, (0, 0, 0, -x.shape[-2] % max(BATCHED_ROWS, -(-BATCHED_SIZE // (BLOCK * width)))))

@@ -24,6 +24,7 @@ def add_arguments(parser) -> None:
         help="beside plain: compile, prompt-lookup, assistant, fspad (default: all that need no --assistant)",
     )  # fmt: skip
     run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens a turn (default: 128)")
+    run.add_argument("--bit-exact", action="store_true", help="all methods inside fspad_hf.bit_exact")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampled answers (default: 0)")
     add_tree_arguments(parser)
 

@@ -12,6 +12,9 @@ def add_arguments(parser) -> None:
     run.add_argument(
         "--long-prompt", type=int, metavar="N", help="tokens (default: past the sliding window, or a quarter context)"
     )
+    run.add_argument(
+        "--bit-exact", action="store_true", help="inside fspad_hf.bit_exact: compare all bits of each layer's output"
+    )
     run.add_argument("--json", dest="json_file", metavar="FILE", help="write a row for each setting here")
     add_tree_arguments(parser)
 

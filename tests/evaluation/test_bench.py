@@ -378,3 +378,24 @@ def test_a_missing_package_is_told_before_the_work(run, monkeypatch, capsys):
     folder = run(code=2)
     said = capsys.readouterr().err.strip()
     assert "pip install 'fspad_hf[bench]'" in said and "\n" not in said and not folder.exists()
+
+
+def test_bit_exact_excuses_nothing_and_names_the_layer(run, monkeypatch):
+    options = ("--dtype", "bfloat16", "--bit-exact", "--methods", "prompt-lookup", "fspad", "--turns", "1")
+    folder = run(*options)
+    found = json.loads((folder / "results.json").read_text())
+    assert found["config"]["bit_exact"] and found["exact"] and found["lossless"]
+    assert all(r["identical"] for r in found["records"] if r["method"] == "FSPAD")
+
+    class Broken(bench.Bench):
+        def prepare(self, questions):
+            down = self.target.model.layers[1].mlp.down_proj
+            plain = vars(down)["forward"]
+            vars(down)["forward"] = lambda x: plain(x) * (1 - 2 * (1 < x.shape[1] < 16))
+            super().prepare(questions)
+
+    monkeypatch.setattr(bench_run, "Bench", Broken)
+    folder = run(*options, output="broken", code=1)
+    found = [r["divergence"]["bits"] for r in records(folder) if (r["method"], r["identical"]) == ("FSPAD", False)]
+    assert found and {bits["layer"] for bits in found} == {2}
+    assert "bits from layer 2 of token" in (folder / "report.md").read_text()

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from fspad_hf import bit_exact
 from fspad_hf.evaluation import verify as module
 from fspad_hf.evaluation.divergence import Divergence
 from fspad_hf.evaluation.verify import verify
@@ -146,3 +147,35 @@ def test_the_command(llama, tokenizer, draft, tmp_path, monkeypatch, capsys):
     assert "RuntimeError: lost" in shown and "NOT LOSSLESS" in shown
     for bad in (["--seeds", "0"], ["--max-new-tokens", "1"], ["--prompt", " "]):
         assert main([*command, *bad]) == 2
+
+
+def test_bits_are_compared_and_the_first_layer_is_named(tokenizer, monkeypatch):
+    half = tiny.build("llama", dtype=torch.bfloat16)
+    draft = fresh_draft(half)
+    with bit_exact(half):
+        checks = verify(half, tokenizer, draft, ["tell me"], [0], 12, bits=True)
+        assert all(check.passed and check.same == check.compared == check.speculated for check in checks)
+        down = half.model.layers[1].mlp.down_proj
+        plain = vars(down)["forward"]
+        monkeypatch.setitem(vars(down), "forward", lambda x: plain(x) * (1 + 0.01 * (1 < x.shape[1] < 40)))
+        check = verify(half, tokenizer, draft, ["tell me"], [0], 12, bits=True)[0]
+        assert not check.passed and check.differences[0]["bits"]["layer"] == 2
+        monkeypatch.undo()
+    assert "bits" not in str(verify(half, tokenizer, draft, ["tell me"], [0], 12)[0].differences)
+
+
+def test_the_command_is_bit_exact(llama, tokenizer, draft, tmp_path, capsys):
+    llama.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
+    draft.save_pretrained(tmp_path / "draft", tokenizer=tokenizer)
+    command = [
+        "verify",
+        "--target",
+        str(tmp_path / "target"),
+        "--draft",
+        str(tmp_path / "draft"),
+        "--prompt",
+        "tell me",
+    ]
+    command += ["--seeds", "1", "--max-new-tokens", "8", "--dtype", "bfloat16"]
+    assert main([*command, "--bit-exact"]) == 0
+    assert "lossless in bfloat16, bit for bit: 19 of 19 answers identical" in " ".join(capsys.readouterr().out.split())

@@ -228,7 +228,8 @@ def test_rows_see_their_own_keys_in_order(data):
     draw = data.draw
     padding, prefix, rows = draw(st.integers(0, 5)), draw(st.integers(1, 140)), draw(st.integers(1, 12))
     groups, window = draw(st.sampled_from([1, 3])), draw(st.sampled_from([None, 7, 40]))
-    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    dtype, width = draw(st.sampled_from([torch.float32, torch.bfloat16])), draw(st.sampled_from([8, 16, 24, 64]))
+    heads = draw(st.integers(1, 3))
     torch.manual_seed(draw(st.integers(0, 99)))
     columns = padding + prefix + rows
     parents = [-1] + [draw(st.integers(0, r - 1)) for r in range(1, rows)]
@@ -243,7 +244,9 @@ def test_rows_see_their_own_keys_in_order(data):
         if window is not None:  # the last so many of the path
             seen = visible[row].nonzero()[:, 0]
             visible[row, seen[:-window]] = False
-    q, k, v = (torch.randn(n, c, 16).to(dtype) for n, c in ((2 * groups, rows), (2, columns), (2, columns)))
+    q, k, v = (
+        torch.randn(n, c, width).to(dtype) for n, c in ((heads * groups, rows), (heads, columns), (heads, columns))
+    )
     out = path_attention(q, k, v, paths_of(visible), 0.25)
     mask = torch.zeros(rows, columns).masked_fill(~visible, float("-inf"))
     big = [x.float().repeat_interleave(groups, 0) for x in (k, v)]
