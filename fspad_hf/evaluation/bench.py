@@ -11,7 +11,7 @@ import transformers
 
 from ..loading import encode_chat
 from ..runtime import changed_settings, write_file, write_json
-from .divergence import BIT_OUTPUTS, first_divergence, first_different_bits
+from .divergence import BIT_OUTPUTS, first_different_bits, first_divergence
 from .peers import MODES, Answer, Method
 from .spec_bench import Question
 

@@ -13,7 +13,7 @@ from ..generation.probe import probe
 from ..loading import encode_chat, load_models
 from ..modeling_fspad import FSPADDraftModel
 from ..runtime import quiet_transformers, writable_file, write_json
-from .divergence import BIT_OUTPUTS, first_divergence, first_different_bits
+from .divergence import BIT_OUTPUTS, first_different_bits, first_divergence
 
 GREEDY = {"num_beams": 1, "do_sample": False}
 SAMPLED = {"num_beams": 1, "do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -118,7 +118,7 @@ def verify(
             f"prompts={list(prompts)!r}, seeds={list(seeds)!r}, max_new_tokens={max_new_tokens}: expected texts, a "
             "seed or more, and at least 2 tokens."
         )
-    exact = bits or model.dtype in (torch.float32, torch.float64) and getattr(model, "hf_quantizer", None) is None
+    exact = bits or (model.dtype in (torch.float32, torch.float64) and getattr(model, "hf_quantizer", None) is None)
     texts = [encode_chat(tokenizer, [{"role": "user", "content": prompt}], model.device) for prompt in prompts]
     lengthened = [lengthen(texts[0], long_prompt or _long_length(model, max_new_tokens))]
     checks = []

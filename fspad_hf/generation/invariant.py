@@ -196,7 +196,7 @@ def path_attention(
 
 
 def _summed(blocks: torch.Tensor) -> torch.Tensor:
-    """Over the first dimension, in pairs, then pairs of pairs: an order in which blocks of zeros make no difference."""
+    """Over the first dimension in pairs, then pairs of pairs: an order in which blocks of zeros change nothing."""
     while len(blocks) > 1:
         blocks, second = blocks[0::2], blocks[1::2]
         blocks[: len(second)] += second
@@ -205,8 +205,8 @@ def _summed(blocks: torch.Tensor) -> torch.Tensor:
 
 def _parts(keys: torch.Tensor, paths: Paths) -> list[torch.Tensor]:
     """
-    The keys or values that all rows share, and each row's own: `[key heads (times rows), blocks, BLOCK, width]`. A part
-    that is empty is left out.
+    The keys or values that all rows share, and each row's own: `[key heads (times rows), blocks, BLOCK, width]`. Only
+    parts that hold any.
     """
     shared = paths.blocks * BLOCK
     beginning = keys[:, paths.first : paths.first + shared].unflatten(1, (-1, BLOCK)) if shared else None
