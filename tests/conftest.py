@@ -1,3 +1,4 @@
+import os
 import random
 import signal
 
@@ -19,9 +20,8 @@ from .recorder import record
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs have it, and their children
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
-
-
-torch.set_num_threads(1)  # a process a core
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports it
 
 
 @pytest.fixture(scope="session")

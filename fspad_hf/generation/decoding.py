@@ -12,7 +12,7 @@ from transformers.utils import logging
 from ..host import CACHE
 from ..modeling_fspad import FSPADDraftModel
 from ..speculation_config import SpeculationConfig
-from . import continuation
+from . import continuation, exact_mode
 from .costs import costs_of
 from .drafting import Drafter
 from .graphs import counted_call, graphs_of
@@ -20,6 +20,7 @@ from .noise import NoiseQueue
 from .probe import probe
 from .rounds import Rounds
 from .stateful import is_stateful
+from .tree import TreeShape
 from .tuning import trees_of
 from .verification import TokenEmitter, is_by_row, processors_of
 
@@ -111,6 +112,7 @@ def tree_decoding(
         settings.tree_top_k, settings.tree_total_nodes = 1, settings.tree_depth
         if settings.tree_lookup_tokens:
             settings.tree_lookup_tokens = max(settings.tree_lookup_tokens, settings.tree_depth)
+    exact_mode.check_rows(model, TreeShape.of(settings).rows)
     drafter, extras = Drafter(draft, target, logits_processor, settings, batch), ForwardOutputs(generation_config)
     lengths: list[list[int]] = [[] for _ in emitters]
     together = None

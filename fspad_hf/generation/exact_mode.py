@@ -7,6 +7,7 @@
 Both calls stand inside: plain decoding then computes as speculation does. Outside, its kernels are the library's own.
 """
 
+import importlib.util
 import sys
 import threading
 import weakref
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..host import CACHE
 from ..prepacking import PackedLinear
-from .invariant import MOST, Paths, Rules, path_attention, paths_of
+from .invariant import MOST, Paths, Rule, Rules, path_attention, paths_of
 from .probe import probe
 from .stateful import cache_of_rounds
 from .tree import CandidateTree
@@ -33,6 +34,7 @@ from .tree import CandidateTree
 ACTIVATIONS = {kind[0] if isinstance(kind, tuple) else kind for kind in ACT2CLS.values()}
 OFFLOADED = "_old_forward"  # what accelerate calls between loading and dropping a module's weights
 REGISTERS = 64  # numbers, of any CPU and dtype
+REDUCED = 16  # rows that a GPU reduces at a time; for fewer it spreads a row otherwise
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
 TRIED_PROMPT, TRIED_PATH, TRIED_NODES = 40, 5, (8, 31)
 COMPARED = 1_000_000  # outputs of linear layers, at least: in half precision few show another order of adding up
@@ -78,11 +80,14 @@ class _Mode:
         try:
             for name, module in _parts(model):
                 if isinstance(module, (nn.Linear, Conv1D)) and _is_linear(module):
-                    self._put(module, partial(_linear, weakref.ref(module), _rule_of(name, module)))
+                    rule = _rule_of(name, module)
+                    self._put(module, partial(_linear, weakref.ref(module), rule, _forward_of(module)))
                 elif type(module) in ACTIVATIONS:
                     self._put(module, partial(_activation, _forward_of(module)))
                 elif isinstance(getattr(module, "inv_freq", None), torch.Tensor):
                     self._put(module, partial(_rotary, _forward_of(module)))
+                elif uses_kernels(model.device) and _is_norm(module):
+                    self._put(module, partial(_norm, _forward_of(module)))
             for config, implementation in _configs(model):
                 self._attention.append((config, implementation))
                 config._attn_implementation_internal = _name(implementation)
@@ -120,8 +125,17 @@ def _is_linear(module: nn.Module) -> bool:
     return torch.allclose(module(x), nn.functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-2)
 
 
-def _rule_of(name: str, module: nn.Module):
+def uses_kernels(device: torch.device) -> bool:
+    """Whether products and attention are [`triton_kernels`] there, whose rows never depend on each other."""
+    return device.type == "cuda"
+
+
+def _rule_of(name: str, module: nn.Module) -> Rule:
     weight = module.weight.T if type(module) is Conv1D else module.weight
+    if uses_kernels(weight.device):
+        from .triton_kernels import product
+
+        return Rule(product)
     rule = _rules.of(weight, module.bias is not None)
     if rule is None:
         raise ValueError(
@@ -135,7 +149,9 @@ def _forward_of(module: nn.Module) -> Callable:
     return vars(module).get(OFFLOADED, module.forward)
 
 
-def _linear(module: weakref.ref, rule, x: torch.Tensor) -> torch.Tensor:
+def _linear(module: weakref.ref, rule: Rule, forward: Callable, x: torch.Tensor) -> torch.Tensor:
+    if x.dim() > 2 and x.shape[-2] > MOST:
+        return forward(x)  # a prompt
     module = module()
     weight = module.weight.T if type(module) is Conv1D else module.weight
     return rule(x, weight, module.bias)
@@ -154,11 +170,41 @@ def _rotary(forward: Callable, x: torch.Tensor, position_ids: torch.LongTensor, 
     return tuple(part[..., :rows, :] for part in forward(x, padded, *args, **kwargs))
 
 
+def _is_norm(module: nn.Module) -> bool:
+    """Whether it has a weight for each number of a row, and nothing else that it could learn."""
+    weights = dict(module.named_parameters())
+    return weights.keys() - {"bias"} == {"weight"} and weights["weight"].dim() == 1
+
+
+def _norm(forward: Callable, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    """Rows to a multiple of those that a GPU reduces at a time."""
+    if args or kwargs:
+        return forward(x, *args, **kwargs)
+    rows = x.flatten(0, -2)
+    return forward(nn.functional.pad(rows, (0, 0, 0, -len(rows) % REDUCED)))[: len(rows)].view_as(x)
+
+
+def is_exact_forward(forward: Callable) -> bool:
+    """Whether it is what the mode puts in a module's place."""
+    return isinstance(forward, partial) and forward.func in (_linear, _activation, _rotary, _norm)
+
+
+def check_rows(model: PreTrainedModel, rows: int) -> None:
+    """`ValueError` if the model is held bit-exact, and a round's forward may have more `rows` than it holds for."""
+    if model in _modes and rows > MOST:
+        raise ValueError(
+            f"Trees of up to {rows} rows, looked-up tokens included: bit_exact holds for {MOST}. Set "
+            f"draft.speculation_config.tree_total_nodes to less."
+        )
+
+
 def _refuse(model: PreTrainedModel) -> None:
     """`ValueError` for what is known not to hold before anything is changed."""
     devices = {weight.device.type for weight in model.parameters()} - {"meta"}
-    if devices - {"cpu"}:
-        raise ValueError(f"bit_exact holds on a CPU so far, and this model is on {sorted(devices)}: move it there.")
+    if len(devices) > 1 or devices - {"cpu", "cuda"}:
+        raise ValueError(f"bit_exact holds on a CPU or a CUDA device, and this model is on {sorted(devices)}.")
+    if uses_kernels(model.device) and importlib.util.find_spec("triton") is None:
+        raise ValueError("bit_exact needs Triton on a GPU: pip install 'fspad_hf[gpu]'.")
     for config, implementation in _configs(model):
         if implementation not in MASKS:
             raise ValueError(
@@ -218,28 +264,32 @@ def exact_attention(
         attention = default if previous == "eager" else ALL_ATTENTION_FUNCTIONS[previous]
         return attention(module, query, key, value, attention_mask, **options)
     scaling = width**-0.5 if scaling is None else scaling
-    found = _paths(attention_mask, batch, rows, columns, query.device)
+    if uses_kernels(query.device):
+        from .triton_kernels import path_table, tree_attention
+
+        table = None if attention_mask is None else _of_mask(attention_mask, columns, batch, path_table)
+        return tree_attention(query, key, value, table, scaling, softcap, s_aux), None
+    if attention_mask is None:
+        found = [_causal_paths(rows, columns)] * batch
+    else:
+        found = _of_mask(attention_mask, columns, batch, lambda visible: list(map(paths_of, visible)))
     made = [path_attention(query[b], key[b], value[b], found[b], scaling, softcap, s_aux) for b in range(batch)]
     return torch.stack(made), None
 
 
-def _paths(mask: torch.Tensor | None, batch: int, rows: int, columns: int, device) -> list[Paths]:
-    if mask is None:
-        return [_causal_paths(rows, columns, device)] * batch
-    known = vars(mask).setdefault("_fspad_paths", {})  # one mask serves all layers of a kind
+def _of_mask(mask: torch.Tensor, columns: int, batch: int, make: Callable):
+    """`make` of what each row sees, `[batch, rows, columns]`: once for all the layers that share a mask."""
+    known = vars(mask).setdefault("_fspad_paths", {})
     if columns not in known:
         visible = mask[:, 0, :, :columns]
         visible = visible if visible.dtype == torch.bool else visible > torch.finfo(visible.dtype).min / 2
-        known[columns] = [paths_of(one) for one in visible]
-        if len(known[columns]) == 1:
-            known[columns] *= batch
+        known[columns] = make(visible.expand(batch, -1, -1))
     return known[columns]
 
 
 @lru_cache(maxsize=4)
-def _causal_paths(rows: int, columns: int, device) -> Paths:
-    last = torch.arange(columns - rows, columns, device=device)
-    return paths_of(torch.arange(columns, device=device) <= last[:, None])
+def _causal_paths(rows: int, columns: int) -> Paths:
+    return paths_of(torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows))
 
 
 for _implementation, _mask in MASKS.items():

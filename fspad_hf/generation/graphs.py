@@ -24,6 +24,7 @@ from ..modeling_fspad import FSPADDraftModel
 from .cache import ArenaCache
 from .capturing import Rehearsal, capture
 from .drafting import STATIC_WARPERS, Drafter
+from .exact_mode import is_exact_forward
 from .probe import foreign_hooks
 from .remembered import Remembered
 from .target import Target
@@ -305,7 +306,9 @@ def why_no_graphs(target: Target, draft: FSPADDraftModel, dtype: torch.dtype) ->
         "the target is on several devices": any(p.device != device for p in model.parameters()),
         f"the target has modules of {', '.join(strangers)}": bool(strangers),
         "hooks are on the target": foreign_hooks(model) > 0,
-        "a module of the target has a forward of its own": any("forward" in m.__dict__ for m in modules),
+        "a module of the target has a forward of its own": any(
+            "forward" in vars(m) and not is_exact_forward(vars(m)["forward"]) for m in modules
+        ),
         "autocast is on": torch.is_autocast_enabled(device.type),
     }
     return next((reason for reason, holds in rules.items() if holds), None)

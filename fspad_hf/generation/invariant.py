@@ -20,8 +20,8 @@ from .few_rows import direct, transposed
 BLOCK = 32  # keys
 BATCHED_ROWS = 4  # the products in attention are padded to a multiple, and to
 BATCHED_SIZE = 4096  # multiplications: in half precision smaller ones go to another library
-MOST = 64  # rows of a sequence; longer forwards are prompts, which plain and speculative decoding read alike
-COUNTS = (1, 2, 3, 5, 8, 13, 31, 60)  # rows that a product is tried with
+MOST = 128  # rows of a sequence; longer forwards are prompts, which plain and speculative decoding read alike
+COUNTS = (1, 2, 3, 5, 8, 13, 31, 60, 127)  # rows that a product is tried with
 COMPARED = 50_000  # numbers, at least
 SMALL = 2.0**-9  # what does not cancel in a trial's products
 
@@ -34,20 +34,19 @@ class Rule:
     Args:
         product: (x `[rows, in]`, weight, bias) -> `[rows, out]`.
         multiple: rows are padded to a multiple of it.
-        block: rows are multiplied so many at a time; 0 is all at once.
+        block: rows are multiplied so many at a time, at most.
     """
 
     product: Callable
     multiple: int = 1
-    block: int = 0
+    block: int = MOST
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         rows = x.flatten(0, -2)
         count = len(rows)
         if lacking := -count % self.multiple:
             rows = pad(rows, (0, 0, 0, lacking))
-        parts = rows.split(self.block) if self.block else (rows,)
-        made = [self.product(part, weight, bias) for part in parts]
+        made = [self.product(part, weight, bias) for part in rows.split(self.block)]
         out = made[0] if len(made) == 1 else torch.cat(made)
         return out[:count].unflatten(0, x.shape[:-1])
 
