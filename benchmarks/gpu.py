@@ -58,6 +58,8 @@ JOBS = {  # in the order in which they say most soonest
     "speed-8b": Job("speed at the shape of Llama-3-8B, random weights, tau 4 by decree", 150, gib=24),
     "selfplay-tests": Job("tests/training/test_selfplay.py -k graph", 40, modules=("pytest",), on_cpu=NO_GRAPHS),
     "speed": Job("speed of the target with its draft, greedy and sampled, bf16 and fp32", 150, needs=("target",)),
+    "kernels": Job("the kernels of bit_exact beside cuBLAS and sdpa", 60, gib=4, modules=("triton",)),
+    "bit-exact": Job("answers inside bit_exact, bf16", 150, needs=("target",), modules=("triton",)),
     "train": Job("compare recipes, train a draft, then FSPAD's parts; tau", 600, gib=64, needs=("target", "ids")),
 }  # fmt: skip
 
@@ -202,10 +204,13 @@ def run_job(name: str, options: argparse.Namespace, left: float) -> dict:
 
 
 def environment(rehearse: bool) -> dict[str, str]:
-    """The checkout on the path, whether or not it is installed; one thread for tiny models, which want no more."""
+    """
+    The checkout on the path, whether or not it is installed. On a CPU one thread, for tiny models want no more, and
+    Triton's interpreter.
+    """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    threads = {"OMP_NUM_THREADS": "1"} if rehearse else {}
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false", **threads}
+    on_cpu = {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"} if rehearse else {}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TOKENIZERS_PARALLELISM": "false", **on_cpu}
 
 
 def line_of(result: dict) -> str:

@@ -10,13 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import gpu_kernels
 import gpu_training
 import torch
 import transformers
 from gpu import ROOT, write_json
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from fspad_hf import FSPADDraftModel
+from fspad_hf import FSPADDraftModel, bit_exact
 from fspad_hf.evaluation.peers import MODES, CompiledMethod, RoundTimer
 from fspad_hf.evaluation.profile import with_graphs
 from fspad_hf.evaluation.shapes import Decree, random_pair, shape_config
@@ -181,20 +182,35 @@ def speed_8b(options: Options, figures: Figures) -> None:
 
 def speed(options: Options, figures: Figures) -> None:
     """The target with its draft on real prompts, both dtypes; the answers are compared, too."""
+    for dtype in (torch.bfloat16, torch.float32):
+        target, drafted, prompts, tokens = _real_pair(options, dtype, 1)
+        part = str(dtype).removeprefix("torch.")
+        _measure_speed(options, figures, target, drafted, prompts, tuple(MODES), tokens, part=part)
+
+
+def exact(options: Options, figures: Figures) -> None:
+    """The same inside `bit_exact`, in bf16: every answer is plain's."""
+    target, drafted, prompts, tokens = _real_pair(options, torch.bfloat16, 5)
+    with bit_exact(target):
+        _measure_speed(
+            options, figures, target, drafted, prompts, tuple(MODES), tokens, part="bit exact", others=False
+        )
+    told = [t["identical"].split(" of ") for mode in MODES for t in figures.get(f"bit exact, {mode}", {}).values()]
+    if any(same != compared for same, compared in told):
+        raise SystemExit("some answers are not plain's")
+
+
+def _real_pair(options: Options, dtype: torch.dtype, per_task: int) -> tuple:
+    """Target, draft, prompts, tokens an answer."""
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     folder = options.draft or ROOT / "hub_cards" / "SmolLM2-135M-Instruct-FSPAD"
+    target = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype).to(options.device).eval()
+    drafted = FSPADDraftModel.from_pretrained(folder, dtype=dtype).to(options.device).eval()
     prompts = [
         encode_chat(tokenizer, [{"role": "user", "content": text}], options.device)["input_ids"]
-        for _, text in questions(options, 1)
+        for _, text in questions(options, per_task)
     ]
-    for dtype in (torch.bfloat16, torch.float32):
-        target = AutoModelForCausalLM.from_pretrained(options.target, dtype=dtype).to(options.device).eval()
-        drafted = FSPADDraftModel.from_pretrained(folder, dtype=dtype).to(options.device).eval()
-        part = str(dtype).removeprefix("torch.")
-        if options.rehearse:
-            prompts = prompts[:1]
-        tokens = 16 if options.rehearse else 128
-        _measure_speed(options, figures, target, drafted, prompts, tuple(MODES), tokens, part=part)
+    return target, drafted, prompts[: 1 if options.rehearse else None], 16 if options.rehearse else 128
 
 
 def questions(options: Options, per_task: int) -> list[tuple[str, str]]:
@@ -205,19 +221,22 @@ def questions(options: Options, per_task: int) -> list[tuple[str, str]]:
     return [(question.task, question.turns[0]) for question in read_questions(file, per_task)]
 
 
-def _measure_speed(options, figures, target, drafted, prompts, modes, tokens, tau=None, part=None) -> None:
+def _measure_speed(
+    options, figures, target, drafted, prompts, modes, tokens, tau=None, part=None, others=True
+) -> None:
     """
     Every method answers every prompt, one after the other, the device synchronised around each call; then a round's
     (or a plain step's) time is split into what the device computes and what it waits for the host.
     """
-    compiled = CompiledMethod()
-    compiled.prepare(target, max(ids.shape[1] for ids in prompts) + tokens)
     ours = {"ours, eager": with_graphs(drafted, False)}
     if options.device.type == "cuda":
         ours["ours, graphs"] = with_graphs(drafted, True)
     methods = {"plain": lambda: {}}
     methods |= {name: (lambda model=model: {"assistant_model": model}) for name, model in ours.items()}
-    methods["plain, static cache + compile"] = compiled.call_arguments  # last, as nobody knows how long that takes
+    if others:  # last, as nobody knows how long that takes
+        compiled = CompiledMethod()
+        compiled.prepare(target, max(ids.shape[1] for ids in prompts) + tokens)
+        methods["plain, static cache + compile"] = compiled.call_arguments
 
     def answer(name: str, ids: torch.Tensor, mode: str, tokens: int, tracer: Tracer | None = None):
         arguments, streamer = methods[name](), RoundTimer()
@@ -305,7 +324,7 @@ def train(options: Options, figures: Figures) -> None:
 
 JOBS = {
     "eager": eager, "graphs": graphs, "tests": tests, "speed-8b": speed_8b, "selfplay-tests": selfplay_tests,
-    "speed": speed, "train": train,
+    "speed": speed, "kernels": gpu_kernels.kernels, "bit-exact": exact, "train": train,
 }  # fmt: skip
 
 

@@ -43,6 +43,8 @@ def test_rehearsal(tmp_path):
     told = results["speed"]["figures"]["float32, sampled"]
     assert set(told) == {"plain", "plain, static cache + compile", "ours, eager"}
     assert told["ours, eager"]["identical"] == "1 of 1" and told["ours, eager"]["round_ms"] > 0
+    assert all(row["ours_us"] > 0 and row["library_us"] > 0 for row in results["kernels"]["figures"]["rows"])
+    assert results["bit-exact"]["figures"]["bit exact, sampled"]["ours, eager"]["identical"] == "1 of 1"
     assert results["train"]["figures"]["tau"]["greedy"]["mean"] > 1
     trained = results["train"]["figures"]
     assert trained["best"] in trained["recipes"] and {"fspad-seed1", "eagle2-seed1"} < set(trained["ablation"])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fspad_hf import bit_exact
 from fspad_hf.generation.graphs import GraphPool
 from fspad_hf.generation.probe import probe
 
@@ -162,3 +163,52 @@ def _held() -> int:
     """Bytes; without the scratch memory that cuBLAS keeps for each stream it was used on."""
     gc.collect(), torch.cuda.synchronize(), torch._C._cuda_clearCublasWorkspaces(), torch.cuda.empty_cache()
     return torch.cuda.memory_allocated()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_kernels_have_the_bits_of_single_rows(dtype):
+    from fspad_hf.generation.triton_kernels import path_table, product, tree_attention
+
+    torch.manual_seed(0)
+    draw = dict(device="cuda", dtype=dtype)
+    for out, depth in ((576, 576), (192, 576), (4096, 4096), (33, 70)):
+        x, weight, bias = torch.randn(60, depth, **draw), torch.randn(out, depth, **draw), torch.randn(out, **draw)
+        together = product(x, weight, bias)
+        expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        torch.testing.assert_close(together.double(), expected, atol=0.02 * depth**0.5, rtol=0.02)
+        for row in (0, 15, 16, 59):
+            assert torch.equal(product(x[row : row + 1], weight, bias)[0], together[row])
+    for heads, key_heads, width, context in ((9, 3, 64, 500), (32, 8, 128, 4096), (4, 1, 256, 70), (6, 2, 80, 300)):
+        columns = context + 60
+        visible = torch.rand(1, 60, columns, device="cuda") < 0.9
+        visible[:, :, -1] = True
+        q, k, v = (
+            torch.randn(1, n, c, width, **draw) for n, c in ((heads, 60), (key_heads, columns), (key_heads, columns))
+        )
+        together = tree_attention(q, k, v, path_table(visible), width**-0.5)
+        big = [x.double().repeat_interleave(heads // key_heads, 1) for x in (k, v)]
+        expected = torch.nn.functional.scaled_dot_product_attention(q.double(), *big, visible[:, None])
+        torch.testing.assert_close(together.double(), expected.transpose(1, 2), atol=0.02, rtol=0.02)
+        for row in (0, 31, 59):
+            seen = visible[0, row].nonzero()[:, 0]
+            alone = tree_attention(q[:, :, row : row + 1], k[:, :, seen], v[:, :, seen], None, width**-0.5)
+            assert torch.equal(alone[0, 0], together[0, row])
+
+
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma3_text", "gpt2"])
+def test_bit_exact(name, graphs, prompt):
+    """Half precision, the draft's own guesses: tokens, logits and the generator's state are plain decoding's."""
+    model, ids = tiny.build(name, dtype=torch.bfloat16).to("cuda"), prompt.to("cuda")
+    draft = fresh_draft(model, cuda_graphs=graphs, tree_depth=4, tree_top_k=5, tree_total_nodes=20)
+    with bit_exact(model):
+        for mode in ({}, {"do_sample": True, "top_k": 0}):
+            runs = []
+            for assistant in (None, draft):
+                torch.manual_seed(0)
+                wanted = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 80}
+                out = model.generate(ids, assistant_model=assistant, eos_token_id=None, **wanted, **mode)
+                runs.append((out.sequences.tolist(), torch.stack(out.logits), torch.cuda.get_rng_state().tolist()))
+            (tokens, logits, state), (our_tokens, our_logits, our_state) = runs
+            assert our_tokens == tokens and our_state == state and torch.equal(our_logits, logits)
+    assert not GraphPool.of(draft).refused
