@@ -170,7 +170,7 @@ def test_kernels_have_the_bits_of_single_rows(dtype):
     from fspad_hf.generation.triton_kernels import path_table, product, tree_attention
 
     torch.manual_seed(0)
-    draw = dict(device="cuda", dtype=dtype)
+    draw = {"device": "cuda", "dtype": dtype}
     for out, depth in ((576, 576), (192, 576), (4096, 4096), (33, 70)):
         x, weight, bias = torch.randn(60, depth, **draw), torch.randn(out, depth, **draw), torch.randn(out, **draw)
         together = product(x, weight, bias)
