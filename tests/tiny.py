@@ -47,6 +47,13 @@ CONFIGS = {
     "gpt_oss": lambda: tf.GptOssConfig(**COMMON, head_dim=8, num_local_experts=4, sliding_window=6, layer_types=MIXED),
 }  # fmt: skip
 
+OTHERS = {  # what their layers add to the ones above: multipliers, biased norms, partial and no rotary positions
+    "granite": lambda: tf.GraniteConfig(**COMMON, residual_multiplier=0.5, logits_scaling=2.0),
+    "starcoder2": lambda: tf.Starcoder2Config(**COMMON, sliding_window=None),
+    "glm": lambda: tf.GlmConfig(**COMMON, head_dim=8),
+    "smollm3": lambda: tf.SmolLM3Config(**COMMON, no_rope_layers=[1, 0]),
+}
+
 CHAINS = {  # no tree, for want of positions or of a mask that could be one
     "bloom": lambda: tf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3),
     "mpt": lambda: tf.MptConfig(
@@ -91,7 +98,7 @@ UNSUPPORTED = {
 
 def build(name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0):
     """A random model in eval mode; the global generator is left where it was."""
-    config = (CONFIGS | CHAINS | STATEFUL | UNSUPPORTED)[name]()
+    config = (CONFIGS | OTHERS | CHAINS | STATEFUL | UNSUPPORTED)[name]()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import pickle
 import threading
 
@@ -16,6 +17,9 @@ from fspad_hf.generation import exact_mode as module
 from fspad_hf.generation import invariant
 from fspad_hf.generation.exact_mode import differing
 from fspad_hf.generation.invariant import RULES, Paths, Rule, holds, path_attention, paths_of
+from fspad_hf.generation.probe import probe
+from fspad_hf.generation.stateful import cache_of_rounds
+from fspad_hf.generation.tree import CandidateTree
 from fspad_hf.host import CACHE
 
 from .. import tiny
@@ -23,7 +27,7 @@ from ..conftest import fresh_draft
 
 EAGER_ONLY = {"gemma2"}  # its attention has a softcap
 NAMES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "olmo2", "gpt2", "gpt_neox", "opt",
-         "cohere2")  # fmt: skip
+         "cohere2", *tiny.OTHERS)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +84,39 @@ def test_blocks_of_keys_and_windows_are_crossed(same):
             assert_same_bits(*same(model, ids, accuracies=(0.8,), **(OUTPUTS | {"max_new_tokens": 120})))
 
 
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_every_node_of_any_tree_has_the_logits_of_one_row(data):
+    """Behind prompts that end anywhere in a block of keys and, of one model, beyond a window of 6."""
+    draw = data.draw
+    model, prompt = held_model(draw(st.sampled_from(["llama", "mistral"]))), draw(st.integers(1, 140))
+    parents = [0] + [draw(st.integers(0, node - 1)) for node in range(1, draw(st.integers(1, 40)))]
+    depths = [0]
+    for parent in parents[1:]:
+        depths.append(depths[parent] + 1)
+    ids = torch.randint(3, 64, (1, prompt + len(parents)), generator=torch.Generator().manual_seed(len(parents)))
+    with bit_exact(model), torch.no_grad():
+        view = probe(model).view(model)
+        tree = CandidateTree(ids[:, prompt:], torch.tensor([parents]), torch.tensor([depths]))
+        arena = cache_of_rounds(module._prefilled(model, view, ids[:, :prompt]), prompt)
+        root = arena.behind(ids.device)
+        arena.place(root, prompt + len(parents))
+        with view.listening():
+            logits, _ = view.verify(tree, arena, torch.ones(1, prompt + len(parents), dtype=torch.bool), root)
+        path = [draw(st.integers(0, len(parents) - 1))]
+        while path[0]:
+            path.insert(0, parents[path[0]])
+        cache = module._prefilled(model, view, ids[:, :prompt])
+        for node in path:
+            alone = model(input_ids=ids[:, prompt + node, None], use_cache=True, **{CACHE: cache}).logits
+            assert torch.equal(alone[0, 0], logits[0, node])
+
+
+@functools.cache
+def held_model(name):
+    return build(name, torch.bfloat16)
+
+
 def test_a_stale_row_in_the_cache_shows(same, prompt, monkeypatch):
     """The comparison can fail: a kept row that is another node's, and one that was rounded."""
     from fspad_hf.generation.cache import ArenaCache
@@ -120,6 +157,16 @@ def test_entering_draws_nothing(name):
     with contextlib.suppress(ValueError), bit_exact(model):  # falcon's linear layers are its own, its alibi is refused
         pass
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_more_rows_than_it_holds_for_are_refused(prompt, llama):
+    model = build("llama")
+    draft = fresh_draft(model, tree_depth=6, tree_top_k=10, tree_total_nodes=150, tree_lookup_tokens=20)
+    with bit_exact(model):
+        refused = pytest.raises(ValueError, match=r"Trees of up to 171 rows.*holds for 128.*tree_total_nodes")
+        with refused:
+            model.generate(prompt, assistant_model=draft, max_new_tokens=4)
+    assert model.generate(prompt, assistant_model=draft, max_new_tokens=4).shape == (1, 15)
 
 
 def test_what_sees_images_is_left_alone(monkeypatch):
