@@ -274,7 +274,7 @@ def exact_attention(
     else:
         found = _of_mask(attention_mask, columns, batch, lambda visible: list(map(paths_of, visible)))
     made = [path_attention(query[b], key[b], value[b], found[b], scaling, softcap, s_aux) for b in range(batch)]
-    return torch.stack(made), None
+    return made[0][None] if batch == 1 else torch.stack(made), None
 
 
 def _of_mask(mask: torch.Tensor, columns: int, batch: int, make: Callable):

@@ -42,13 +42,13 @@ class Rule:
     block: int = MOST
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        rows = x.flatten(0, -2)
-        count = len(rows)
-        if lacking := -count % self.multiple:
-            rows = pad(rows, (0, 0, 0, lacking))
+        count, lacking = x.shape[:-1].numel(), -x.shape[:-1].numel() % self.multiple
+        if count + lacking <= self.block and not lacking:
+            return self.product(x, weight, bias)
+        rows = pad(x.reshape(count, -1), (0, 0, 0, lacking))
         made = [self.product(part, weight, bias) for part in rows.split(self.block)]
         out = made[0] if len(made) == 1 else torch.cat(made)
-        return out[:count].unflatten(0, x.shape[:-1])
+        return out[:count].view(*x.shape[:-1], -1)
 
 
 # The quickest first, as measured with AVX2 and with AVX-512. Their order is fixed: another process has the same bits.
@@ -120,15 +120,15 @@ class Paths:
 
     Args:
         first, blocks: from this column on so many blocks of keys are the beginning of every row's.
-        columns (`[rows, keys]`): of the keys after them; what is not `shown` is no key. `None`: they follow at once,
+        columns (`[rows, keys]`): of the keys after them; what is `hidden` is no key. `None`: they follow at once,
             in a sequence of one row.
-        shown (`[rows, keys]`).
+        hidden (`[rows, keys]`).
     """
 
     first: int
     blocks: int
     columns: torch.LongTensor | None
-    shown: torch.BoolTensor
+    hidden: torch.BoolTensor
 
 
 def paths_of(visible: torch.BoolTensor) -> Paths:
@@ -142,14 +142,14 @@ def paths_of(visible: torch.BoolTensor) -> Paths:
     blocks = len(common) // BLOCK if together else 0
     left = (counts - blocks * BLOCK).clamp(min=0)
     keys = -(-int(left.max()) // BLOCK) * BLOCK
-    shown = torch.arange(keys, device=visible.device) < left[:, None]
+    hidden = torch.arange(keys, device=visible.device) >= left[:, None]
     if len(visible) == 1 and together:
-        return Paths(first, blocks, None, shown)
+        return Paths(first, blocks, None, hidden)
     ranks = visible.cumsum(-1) - 1 - blocks * BLOCK
     row, column = ((ranks >= 0) & visible).nonzero(as_tuple=True)
     columns = torch.zeros(len(visible), keys, dtype=torch.long, device=visible.device)
     columns[row, ranks[row, column]] = column
-    return Paths(first, blocks, columns, shown)
+    return Paths(first, blocks, columns, hidden)
 
 
 def path_attention(
@@ -168,21 +168,21 @@ def path_attention(
         `[rows, heads, width of value]`.
     """
     (_, rows, width), key_heads = query.shape, len(key)
-    query = (query * scaling).reshape(key_heads, -1, rows, width).transpose(1, 2)  # [key heads, rows, group, width]
-    group = query.shape[2]
+    query = (query * scaling).view(key_heads, -1, rows, width).transpose(1, 2).contiguous()
+    group = query.shape[2]  # of [key heads, rows, group, width]
     scores = [
         _scores(query.reshape(len(keys), -1, width), keys).view(key_heads, rows, group, -1)
         for keys in _parts(key, paths)
     ]
-    scores = (scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)).float()
+    scores = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    own = paths.shown.shape[1]
-    scores[..., scores.shape[-1] - own :].masked_fill_(~paths.shown[None, :, None], float("-inf"))
+        scores = torch.tanh(scores.float() / softcap) * softcap
+    own = paths.hidden.shape[1]
+    scores[..., scores.shape[-1] - own :].masked_fill_(paths.hidden[:, None], float("-inf"))
     if sinks is not None:  # before the keys, where their number is of no account
         sink = sinks.float().view(key_heads, 1, group, 1).expand(-1, rows, -1, -1)
         scores = torch.cat((sink, scores), dim=-1)
-    p = scores.softmax(-1).to(query.dtype)
+    p = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     p = p if sinks is None else p[..., 1:]
     made, start = [], 0
     for values in _parts(value, paths):
@@ -205,16 +205,18 @@ def _summed(blocks: torch.Tensor) -> torch.Tensor:
 def _parts(keys: torch.Tensor, paths: Paths) -> list[torch.Tensor]:
     """
     The keys or values that all rows share, and each row's own: `[key heads (times rows), blocks, BLOCK, width]`. Only
-    parts that hold any.
+    parts that hold any; a single row's are one.
     """
-    shared = paths.blocks * BLOCK
-    beginning = keys[:, paths.first : paths.first + shared].unflatten(1, (-1, BLOCK)) if shared else None
-    if paths.columns is not None:
-        own = keys[:, paths.columns].view(-1, paths.shown.shape[1] // BLOCK, BLOCK, keys.shape[-1])
-    else:
-        own = keys[:, paths.first + shared :]
-        own = pad(own, (0, 0, 0, paths.shown.shape[1] - own.shape[1])).unflatten(1, (-1, BLOCK))
-    return [own] if beginning is None else [beginning, own] if own.shape[1] else [beginning]
+    shared, own = paths.blocks * BLOCK, paths.hidden.shape[1]
+    if paths.columns is None:
+        keys = keys[:, paths.first :]
+        return [pad(keys, (0, 0, 0, shared + own - keys.shape[1])).view(len(keys), -1, BLOCK, keys.shape[-1])]
+    parts = []
+    if shared:
+        parts.append(keys[:, paths.first : paths.first + shared].unflatten(1, (-1, BLOCK)))
+    if own:
+        parts.append(keys[:, paths.columns].view(-1, own // BLOCK, BLOCK, keys.shape[-1]))
+    return parts
 
 
 def _scores(query: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -41,14 +41,14 @@ def _product(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`linear(x, weight, bias)` of rows `[rows, in]` and a weight `[out, in]` of any strides; sums are fp32."""
+    """`linear(x, weight, bias)` of a weight `[out, in]` of any strides; sums are fp32."""
     x, (columns, depth) = x.contiguous(), weight.shape
-    out = x.new_empty(len(x), columns)
-    grid = (triton.cdiv(len(x), ROWS), triton.cdiv(columns, COLUMNS))
+    out = x.new_empty(*x.shape[:-1], columns)
+    rows = x.shape[:-1].numel()
+    grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))
     _product[grid](
-        x, weight, bias, out, len(x), columns, depth, x.stride(0), *weight.stride(), ROWS, COLUMNS, DEPTH,
-        bias is not None,
-    )  # fmt: skip
+        x, weight, bias, out, rows, columns, depth, depth, *weight.stride(), ROWS, COLUMNS, DEPTH, bias is not None
+    )
     return out
 
 
