@@ -176,6 +176,9 @@ class Runner:
         elif arguments[0] == "examples/as_pasted.py":
             options = with_option(with_option(arguments[1:], "--per-task", ["1"]), "--max-new-tokens", ["4"])
             runpy.run_path(str(ROOT / arguments[0]))["main"](options)
+        elif arguments[0] == "examples/near_tie.py":
+            near_tie = runpy.run_path(str(ROOT / arguments[0]))
+            near_tie["draw"]({"float32": [8.1, 8.2], "bfloat16": [8.125, 8.125]}, ["a", "b"], "near-tie.svg")
         elif arguments[0] == "examples/first_call.py":
             runpy.run_path(str(ROOT / arguments[0]))["main"]([*arguments[1:], "--max-new-tokens", "4"])
         else:
