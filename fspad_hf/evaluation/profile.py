@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from ..demo_target import released_draft
-from ..generation import graphs
+from ..generation import exact_mode, graphs
 from ..generation.costs import Stopwatch
 from ..generation.probe import probe
 from ..generation.stateful import cache_of_rounds
@@ -44,6 +44,7 @@ class ProfileSettings:
         methods: beside plain and FSPAD, any of `compile`, `prompt-lookup`.
         rows: of the verification forwards whose cost is measured on their own.
         tau: tokens a round by decree, for random weights, see [`Decree`]; `None` is the draft's own doing.
+        bit_exact: everything inside [`bit_exact`].
     """
 
     max_new_tokens: int = 64
@@ -53,6 +54,7 @@ class ProfileSettings:
     rows: tuple[int, ...] = (1, 8, 16, 32, 60)
     seed: int = 0
     tau: float | None = None
+    bit_exact: bool = False
 
     def check(self, speculation: SpeculationConfig, positions: int | None = None, prompt: int = 0) -> None:
         """
@@ -296,7 +298,7 @@ def run_profile(
     draft_vocab_size: int | None = None, prompts: Sequence[str] | None = None, context: int | None = None,
     max_new_tokens: int | None = None, repeats: int = 3, modes: Sequence[str] = ("greedy", "sampled"),
     methods: Sequence[str] | None = None, rows: Sequence[int] = ProfileSettings.rows, seed: int = 0,
-    json_file: str | None = None, **trees: int | str | None,
+    bit_exact: bool = False, json_file: str | None = None, **trees: int | str | None,
 ) -> dict:  # fmt: skip
     """
     `fspad-hf profile`: prints where a round's time goes, and writes it to `json_file`.
@@ -308,7 +310,7 @@ def run_profile(
         prompts, max_new_tokens: of a real pair; by default 64 new tokens.
         context: tokens of the prompts, about; a shape's has exactly so many, by default 512.
         methods: beside plain and FSPAD: `compile`, `prompt-lookup` (which has nothing to look up in random text).
-        repeats, modes, rows, seed: see [`ProfileSettings`].
+        repeats, modes, rows, seed, bit_exact: see [`ProfileSettings`].
 
     Returns:
         What the JSON file holds: see [`profile`], and target, draft, tree, dtype, context, settings, machine.
@@ -317,7 +319,7 @@ def run_profile(
         ValueError, OSError: an argument is wrong, or a model cannot be had.
     """
     json_file = writable_file(json_file, "json_file") if json_file is not None else None
-    told = {"repeats": repeats, "modes": tuple(modes), "rows": tuple(rows), "seed": seed}
+    told = {"repeats": repeats, "modes": tuple(modes), "rows": tuple(rows), "seed": seed, "bit_exact": bit_exact}
     place, precision = resolve_device(device), resolve_dtype(dtype, device)
     trees = {"tree": "fixed"} | tree_settings(**trees)
     with quiet_transformers():
@@ -366,7 +368,8 @@ def run_profile(
                 stack.close()
                 stack.enter_context(status(what))
 
-            found = profile(*pair, inputs, settings, report)
+            with exact_mode.bit_exact(pair[0]) if settings.bit_exact else contextlib.nullcontext():
+                found = profile(*pair, inputs, settings, report)
     speculation = pair[1].speculation_settings(place)
     result = {
         "target": names[0], "draft": names[1], "tree": {name: getattr(speculation, name) for name in RANGES},

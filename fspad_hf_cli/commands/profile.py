@@ -28,6 +28,7 @@ def add_arguments(parser) -> None:
         "--rows", nargs="+", type=int, default=[1, 8, 16, 32, 60], metavar="N",
         help="rows of single verification forwards (default: 1 8 16 32 60)",
     )  # fmt: skip
+    run.add_argument("--bit-exact", action="store_true", help="everything inside fspad_hf.bit_exact")
     run.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampled answers (default: 0)")
     run.add_argument("--json", dest="json_file", metavar="FILE", help="write all figures here")
     add_tree_arguments(parser)

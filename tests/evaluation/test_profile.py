@@ -273,6 +273,20 @@ def test_the_command_on_a_real_pair(models, tmp_path, capsys, small):
     assert "GPU" not in shown and not list(tmp_path.glob(".*"))
 
 
+def test_the_command_inside_the_mode(models, capsys, small, monkeypatch):
+    inside, profile = [], module.profile
+
+    def noted(model, *args):
+        inside.append(any("forward" in vars(m) for m in model.modules()))
+        return profile(model, *args)
+
+    monkeypatch.setattr(module, "profile", noted)
+    pair = ["--target", models / "target", "--draft", models / "draft", "--prompt", "tell me", "--methods"]
+    for options in ((), ("--bit-exact",)):
+        assert command(*pair, *QUICK, "--max-new-tokens", "24", "--modes", "greedy", *options) == 0
+    assert inside == [False, True]
+
+
 def test_the_command_on_a_shape(tmp_path, small, monkeypatch, capsys):
     tiny.CONFIGS["qwen3"]().save_pretrained(tmp_path)
     made, original = [], random_pair
