@@ -77,16 +77,17 @@ class _Mode:
     def __init__(self, model: PreTrainedModel):
         self.users, self._forwards, self._attention = 0, [], []
         _refuse(model)
+        kernels = uses_kernels(_device_of(model))
         try:
             for name, module in _parts(model):
                 if isinstance(module, (nn.Linear, Conv1D)) and _is_linear(module):
-                    rule = _rule_of(name, module)
-                    self._put(module, partial(_linear, weakref.ref(module), rule, _forward_of(module)))
+                    rule = _kernels_rule() if kernels else _rule_of(name, module)
+                    self._put(module, partial(_linear, module, rule, _forward_of(module)))
                 elif type(module) in ACTIVATIONS:
                     self._put(module, partial(_activation, _forward_of(module)))
                 elif isinstance(getattr(module, "inv_freq", None), torch.Tensor):
                     self._put(module, partial(_rotary, _forward_of(module)))
-                elif uses_kernels(model.device) and _is_norm(module):
+                elif kernels and _is_norm(module):
                     self._put(module, partial(_norm, _forward_of(module)))
             for config, implementation in _configs(model):
                 self._attention.append((config, implementation))
@@ -121,7 +122,8 @@ def _is_linear(module: nn.Module) -> bool:
         return type(weight) in (nn.Parameter, torch.Tensor) and weight.dtype.is_floating_point
     if weight.device.type == "meta" or not weight.dtype.is_floating_point:
         return False
-    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(weight.dtype)  # draws nothing
+    x = torch.linspace(-1, 1, 2 * module.in_features, device=weight.device)  # draws nothing
+    x = x.view(2, -1).to(weight.dtype)
     return torch.allclose(module(x), nn.functional.linear(x, weight, module.bias), rtol=1e-2, atol=1e-2)
 
 
@@ -130,12 +132,14 @@ def uses_kernels(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _kernels_rule() -> Rule:
+    from .triton_kernels import product
+
+    return Rule(product)
+
+
 def _rule_of(name: str, module: nn.Module) -> Rule:
     weight = module.weight.T if type(module) is Conv1D else module.weight
-    if uses_kernels(weight.device):
-        from .triton_kernels import product
-
-        return Rule(product)
     rule = _rules.of(weight, module.bias is not None)
     if rule is None:
         raise ValueError(
@@ -149,10 +153,9 @@ def _forward_of(module: nn.Module) -> Callable:
     return vars(module).get(OFFLOADED, module.forward)
 
 
-def _linear(module: weakref.ref, rule: Rule, forward: Callable, x: torch.Tensor) -> torch.Tensor:
+def _linear(module: nn.Module, rule: Rule, forward: Callable, x: torch.Tensor) -> torch.Tensor:
     if x.dim() > 2 and x.shape[-2] > MOST:
         return forward(x)  # a prompt
-    module = module()
     weight = module.weight.T if type(module) is Conv1D else module.weight
     return rule(x, weight, module.bias)
 
@@ -198,12 +201,18 @@ def check_rows(model: PreTrainedModel, rows: int) -> None:
         )
 
 
+def _device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model runs; weights on no device are loaded there when they are needed."""
+    devices = (weight.device for weight in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
 def _refuse(model: PreTrainedModel) -> None:
     """`ValueError` for what is known not to hold before anything is changed."""
     devices = {weight.device.type for weight in model.parameters()} - {"meta"}
     if len(devices) > 1 or devices - {"cpu", "cuda"}:
         raise ValueError(f"bit_exact holds on a CPU or a CUDA device, and this model is on {sorted(devices)}.")
-    if uses_kernels(model.device) and importlib.util.find_spec("triton") is None:
+    if uses_kernels(_device_of(model)) and importlib.util.find_spec("triton") is None:
         raise ValueError("bit_exact needs Triton on a GPU: pip install 'fspad_hf[gpu]'.")
     for config, implementation in _configs(model):
         if implementation not in MASKS:
@@ -306,7 +315,7 @@ def differing(model: PreTrainedModel) -> str | None:
     found = probe(model)
     if found.reason is not None:
         return None  # it is decoded plainly, with a draft as without one
-    view, device = found.view(model), model.get_input_embeddings().weight.device
+    view, device = found.view(model), _device_of(model)
     vocabulary = view.text_config.vocab_size
     outputs = sum(m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Linear)) or 10_000
     sizes = (TRIED_PATH,) if found.chains_only else TRIED_NODES
