@@ -194,6 +194,8 @@ class Runner:
             arguments = with_option(arguments, "--device", ["cpu"])
         if "row_length" in options:
             arguments = with_option(arguments, "--row-length", ["48"])
+        if "--context" in arguments:
+            arguments = with_option(arguments, "--context", ["100"])
         return arguments
 
     def _launch(self, arguments: list[str]) -> None:
