@@ -18,8 +18,8 @@ from torch.nn.functional import linear, pad
 from .few_rows import direct, transposed
 
 BLOCK = 32  # keys
-BATCHED_ROWS = 4  # the products in attention are padded to a multiple, and to
-BATCHED_SIZE = 4096  # multiplications: in half precision smaller ones go to another library
+BATCHED_ROWS = 4  # the products in attention are padded to a multiple, and to more than
+BATCHED_SIZE = 4096  # multiplications: in half precision fewer go to another library
 MOST = 128  # rows of a sequence; longer forwards are prompts, which plain and speculative decoding read alike
 COUNTS = (1, 2, 3, 5, 8, 13, 31, 60, 127)  # rows that a product is tried with
 COMPARED = 50_000  # numbers, at least
@@ -43,7 +43,7 @@ class Rule:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         count, lacking = x.shape[:-1].numel(), -x.shape[:-1].numel() % self.multiple
-        if count + lacking <= self.block and not lacking:
+        if not lacking and count <= self.block:
             return self.product(x, weight, bias)
         rows = pad(x.reshape(count, -1), (0, 0, 0, lacking))
         made = [self.product(part, weight, bias) for part in rows.split(self.block)]
@@ -237,4 +237,5 @@ def _blocks_of(p: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
 
 def _padded(x: torch.Tensor, width: int) -> torch.Tensor:
     """Rows, the last dimension but one, to a multiple that a product with `BLOCK` keys so wide does not depend on."""
-    return pad(x, (0, 0, 0, -x.shape[-2] % max(BATCHED_ROWS, -(-BATCHED_SIZE // (BLOCK * width)))))
+    multiple = BATCHED_ROWS * (BATCHED_SIZE // (BATCHED_ROWS * BLOCK * width) + 1)
+    return pad(x, (0, 0, 0, -x.shape[-2] % multiple))

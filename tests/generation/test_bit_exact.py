@@ -263,9 +263,30 @@ def test_a_rule_that_depends_on_the_rows_is_found_out():
 @pytest.mark.parametrize("rule", RULES, ids=range(len(RULES)))
 def test_every_rule_is_a_linear_layer(rule):
     layer = nn.Linear(24, 10)
-    for shape in ((1, 24), (13, 24), (2, 5, 24)):
+    for shape in ((1, 24), (13, 24), (2, 5, 24), (3, 100, 24)):
         x = torch.randn(shape)
         torch.testing.assert_close(rule(x, layer.weight, layer.bias), layer(x), atol=1e-5, rtol=1e-5)
+
+
+def test_a_product_sees_no_more_rows_than_it_was_tried_with():
+    seen, layer = [], nn.Linear(24, 10)
+    rule = Rule(lambda x, *rest: seen.append(len(x)) or nn.functional.linear(x, *rest), 4)
+    x = torch.randn(3, 101, 24)
+    torch.testing.assert_close(rule(x, layer.weight, layer.bias), layer(x))
+    assert seen == [128, 128, 48]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_numbers_have_the_bits_of_many(dtype):
+    """One narrow head and few keys: a library may send a product so small elsewhere."""
+    torch.manual_seed(0)
+    for _ in range(50):
+        q, k = (invariant._cancelling(8, n, sign).to(dtype)[None] for n, sign in ((40, 1), (60, -1)))
+        v = torch.randn(1, 60, 8).to(dtype)
+        visible = torch.ones(40, 60, dtype=torch.bool).tril(20)
+        together = path_attention(q, k, v, paths_of(visible), 1024.0)
+        alone = path_attention(q[:, :1], k[:, :21], v[:, :21], paths_of(visible[:1, :21]), 1024.0)
+        assert torch.equal(together[:1], alone)
 
 
 @given(st.data())
