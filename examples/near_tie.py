@@ -5,13 +5,14 @@ python examples/near_tie.py --output near-tie.svg
 
 import argparse
 import math
+from pathlib import Path
 
 import torch
-from matplotlib import pyplot
 from transformers import AutoModelForCausalLM
 
 from fspad_hf import FSPADDraftModel
 from fspad_hf.demo_target import demo_target, released_draft
+from fspad_hf.evaluation.report import INK, make_axes, save_svg
 from fspad_hf.evaluation.spec_bench import read_questions
 
 
@@ -55,19 +56,16 @@ def draw(rows: dict[str, list[float]], words: list[str], output: str) -> None:
     values = [value for pair in rows.values() for value in pair]
     step = 2.0 ** (math.floor(math.log2(max(values))) - 7)
     low, high = math.floor(min(values) / step) - 1, math.ceil(max(values) / step) + 1
-    figure, axes = pyplot.subplots(figsize=(7, 2.6), layout="constrained")
-    axes.vlines([i * step for i in range(low, high + 1)], -0.5, len(rows) - 0.5, colors="0.85", linewidth=1)
+    figure, axes = make_axes("")
+    axes.vlines([i * step for i in range(low, high + 1)], -0.5, len(rows) - 0.5, colors=INK, alpha=0.2, linewidth=1)
     for height, pair in enumerate(reversed(rows.values())):
         for value, word, color, side in zip(pair, words, ("tab:blue", "tab:orange"), (0.13, -0.13), strict=True):
             axes.plot(value, height + side, "o", color=color, markersize=10 if value == max(pair) else 7)
             axes.annotate(repr(word), (value, height + side), (9, -4), textcoords="offset points", color=color)
     axes.set_yticks(range(len(rows)), list(reversed(rows)))
-    axes.set_xlabel(f"logit; grey: the values that bfloat16 has here, {step:g} apart")
+    axes.set_xlabel(f"logit; grey: the values that bfloat16 has here, {step:g} apart", color=INK)
     axes.set_xlim(low * step, high * step)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(left=False)
-    figure.savefig(output)
+    save_svg(figure, Path(output), "Logits of two tokens by three forwards, between the values that bfloat16 has")
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def test_attention_is_a_softmax_over_the_mask(data):
     draw = data.draw
     dtype = draw(st.sampled_from(list(TOLERANCE)))
     batch, rows, key_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(st.integers(1, 2)), 3
-    width, value_width = draw(st.sampled_from([(8, 8), (24, 24), (64, 32)]))
+    width, value_width = draw(st.sampled_from([(8, 8), (24, 24), (64, 32), (128, 128), (256, 256)]))
     columns = rows + draw(st.sampled_from([1, 30, 31, 32, 100, 255, 256, 300]))
     cap, has_sinks = draw(st.sampled_from([None, 3.0])), draw(st.booleans())
     torch.manual_seed(draw(st.integers(0, 99)))
@@ -90,6 +90,21 @@ def test_attention_is_a_softmax_over_the_mask(data):
     seen = visible[b, row].nonzero()[:, 0]
     alone = tree_attention(q[b:, :, row:], k[b:, :, seen], v[b:, :, seen], None, 0.3, cap, sinks)
     assert torch.equal(alone[0, 0], made[b, row])
+
+
+def test_sixty_rows_have_the_bits_of_one():
+    """Those of a tree, behind a prefix that ends within a step of keys."""
+    torch.manual_seed(0)
+    rows, columns = 60, 105
+    visible = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+    visible[:, columns - rows :] &= torch.rand(rows, rows) < 0.4
+    visible[:, columns - rows :] |= torch.eye(rows, dtype=torch.bool)
+    q, k, v = (torch.randn(1, n, c, 64).bfloat16() for n, c in ((3, rows), (1, columns), (1, columns)))
+    together = tree_attention(q, k, v, path_table(visible[None]), 0.125)
+    for row in range(0, rows, 7):
+        seen = visible[row].nonzero()[:, 0]
+        alone = tree_attention(q[:, :, row : row + 1], k[:, :, seen], v[:, :, seen], None, 0.125)
+        assert torch.equal(alone[0, 0], together[0, row])
 
 
 def test_a_row_that_sees_nothing_is_zero():
