@@ -195,7 +195,11 @@ def exact(options: Options, figures: Figures) -> None:
         _measure_speed(
             options, figures, target, drafted, prompts, tuple(MODES), tokens, part="bit exact", others=False
         )
-    told = [t["identical"].split(" of ") for mode in MODES for t in figures.get(f"bit exact, {mode}", {}).values()]
+    told = [
+        t.get("identical", "0 of 1").split(" of ")
+        for mode in MODES
+        for t in figures.get(f"bit exact, {mode}", {}).values()
+    ]
     if any(same != compared for same, compared in told):
         raise SystemExit("some answers are not plain's")
 

@@ -36,8 +36,8 @@ OFFLOADED = "_old_forward"  # what accelerate calls between loading and dropping
 REGISTERS = 64  # numbers, of any CPU and dtype
 REDUCED = 16  # rows that a GPU reduces at a time; for fewer it spreads a row otherwise
 MASKS = {"sdpa": sdpa_mask, "eager": eager_mask}
-TRIED_PROMPT, TRIED_PATH, TRIED_NODES = 40, 5, (8, 31)
-COMPARED = 1_000_000  # outputs of linear layers, at least: in half precision few show another order of adding up
+TRIED_PROMPT, TRIED_PATH, TRIED_NODES = 40, 5, (8, 31, 100)
+COMPARED = 1_000_000  # outputs of linear layers in trees of each size: in half precision few show another order
 
 _rules = Rules()
 _lock = threading.RLock()
@@ -319,7 +319,7 @@ def differing(model: PreTrainedModel) -> str | None:
     vocabulary = view.text_config.vocab_size
     outputs = sum(m.weight.shape[0] for m in model.modules() if isinstance(m, nn.Linear)) or 10_000
     sizes = (TRIED_PATH,) if found.chains_only else TRIED_NODES
-    for number in range(max(min(COMPARED // (outputs * TRIED_PATH * len(sizes)), 40), 2)):
+    for number in range(max(min(COMPARED // (outputs * TRIED_PATH), 40), 2)):
         ids = torch.arange(1, TRIED_PROMPT + TRIED_PATH + 1, device=device) * (7919 + 104729 * number) % vocabulary
         prompt, path = ids[None, :TRIED_PROMPT], ids[TRIED_PROMPT:]
         cache, steps = _prefilled(model, view, prompt), []

@@ -17,7 +17,7 @@ LEAST = 16  # rows and width of what `tl.dot` takes
 
 @triton.jit
 def _product(
-    x, weight, bias, out, rows, columns, depth, x_row, weight_column, weight_depth,
+    x, weight, bias, out, rows, columns, depth, weight_column, weight_depth,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # the tiles of rows follow one another: the weight is in cache
@@ -26,7 +26,7 @@ def _product(
     for start in range(0, depth, DEPTH):
         k = start + tl.arange(0, DEPTH)
         left = tl.load(
-            x + row[:, None].to(tl.int64) * x_row + k[None, :],
+            x + row[:, None].to(tl.int64) * depth + k[None, :],
             (row < rows)[:, None] & (k < depth)[None, :], other=0.0,
         )  # fmt: skip
         right = tl.load(
@@ -41,13 +41,13 @@ def _product(
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`linear(x, weight, bias)` of a weight `[out, in]` of any strides; sums are fp32."""
+    """`linear(x, weight, bias)`: x `[..., in]`, weight `[out, in]` of any strides; sums are fp32."""
     x, (columns, depth) = x.contiguous(), weight.shape
     out = x.new_empty(*x.shape[:-1], columns)
     rows = x.shape[:-1].numel()
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))
     _product[grid](
-        x, weight, bias, out, rows, columns, depth, depth, *weight.stride(), ROWS, COLUMNS, DEPTH, bias is not None
+        x, weight, bias, out, rows, columns, depth, *weight.stride(), ROWS, COLUMNS, DEPTH, bias is not None
     )
     return out
 

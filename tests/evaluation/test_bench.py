@@ -382,8 +382,7 @@ def test_a_missing_package_is_told_before_the_work(run, monkeypatch, capsys):
 
 def test_bit_exact_excuses_nothing_and_names_the_layer(run, monkeypatch):
     options = ("--dtype", "bfloat16", "--bit-exact", "--methods", "prompt-lookup", "fspad", "--turns", "1")
-    folder = run(*options)
-    found = json.loads((folder / "results.json").read_text())
+    found = json.loads((run(*options) / "results.json").read_text())
     assert found["config"]["bit_exact"] and found["exact"] and found["lossless"]
     assert all(r["identical"] for r in found["records"] if r["method"] == "FSPAD")
 

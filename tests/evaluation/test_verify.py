@@ -6,7 +6,7 @@ import torch
 
 from fspad_hf import bit_exact
 from fspad_hf.evaluation import verify as module
-from fspad_hf.evaluation.divergence import Divergence
+from fspad_hf.evaluation.divergence import BitDifference, Divergence, first_different_bits
 from fspad_hf.evaluation.verify import verify
 from fspad_hf.generation import hook, rounds
 from fspad_hf.generation.cache import ArenaCache
@@ -179,3 +179,16 @@ def test_the_command_is_bit_exact(llama, tokenizer, draft, tmp_path, capsys):
     command += ["--seeds", "1", "--max-new-tokens", "8", "--dtype", "bfloat16"]
     assert main([*command, "--bit-exact"]) == 0
     assert "lossless in bfloat16, bit for bit: 19 of 19 answers identical" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_first_different_bits():
+    def run(tokens, states, logits):
+        hidden = [tuple(torch.full((1, 1, 4), float(x)) for x in layers) for layers in states]
+        logits = [torch.full((1, 6), float(x)) for x in logits]
+        return SimpleNamespace(sequences=torch.tensor([[7, *tokens]]), hidden_states=hidden, logits=logits)
+
+    plain = run([1, 2], [(0, 1, 2), (0, 1, 2)], [5, 5])
+    assert first_different_bits(plain, run([1, 2], [(0, 1, 2), (0, 1, 2)], [5, 5])) is None
+    assert first_different_bits(plain, run([1, 2], [(0, 1, 2), (0, 3, 2)], [5, 6])) == BitDifference(1, 1, 4)
+    assert first_different_bits(plain, run([1, 2], [(0, 1, 2), (0, 1, 2)], [6, 5])) == BitDifference(0, None, 6)
+    assert first_different_bits(plain, run([3, 2], [(0, 1, 2), (9, 9, 9)], [5, 5])) is None  # of another text
