@@ -25,6 +25,7 @@ class FSPADConfig(PreTrainedConfig):
         vocab_size: the target's vocabulary size.
         hidden_size: width h of the features, the token embeddings and the LM head's input.
         intermediate_size: width I of the feature sampler and of the layer's MLP.
+        num_hidden_layers: 1; other engines ask for it.
         num_attention_heads, num_key_value_heads, head_dim: attention shape; key-value heads default to
             `num_attention_heads`, `head_dim` to `hidden_size / num_attention_heads`.
         feature_sampling: the embedding-gated MLP on top of the fully connected join (paper, section 3.1).
@@ -45,6 +46,7 @@ class FSPADConfig(PreTrainedConfig):
     vocab_size: int = 32000
     hidden_size: int = 4096
     intermediate_size: int = 11008
+    num_hidden_layers: int = 1
     num_attention_heads: int = 32
     num_key_value_heads: int | None = None
     head_dim: int | None = None
@@ -89,6 +91,8 @@ class FSPADConfig(PreTrainedConfig):
         for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        if self.num_hidden_layers != 1:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers}: expected 1, as a draft has one layer.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -160,6 +164,38 @@ class FSPADConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
+def check_fits(config: FSPADConfig, target: PreTrainedConfig, width: int | None, name: str):
+    """
+    Raises if a draft cannot belong to a target.
+
+    Args:
+        target: the target's text configuration.
+        width: of what its LM head reads; `None` where that is unknown.
+        name: what the error calls the target.
+
+    Raises:
+        ValueError: a draft of another width or vocabulary, or with other special tokens.
+    """
+    made_for = f"The draft (made for {config.target_name_or_path!r}) does not fit {name}"
+    remedy = "pass a draft trained for this target, or make one with FSPADDraftModel.from_target(target)."
+    if width is not None and width != config.hidden_size:
+        raise ValueError(
+            f"{made_for}: its hidden_size is {config.hidden_size}, the target's LM head reads {width}; {remedy}"
+        )
+    if target.vocab_size != config.vocab_size:
+        raise ValueError(
+            f"{made_for}: its vocab_size is {config.vocab_size}, the target's {target.vocab_size}; {remedy}"
+        )
+    for token in ("bos_token_id", "eos_token_id"):
+        ours, theirs = _ids(getattr(config, token, None)), _ids(getattr(target, token, None))
+        if ours and theirs and ours != theirs:
+            raise ValueError(f"{made_for}: its {token} is {sorted(ours)}, the target's {sorted(theirs)}; {remedy}")
+
+
+def _ids(token_id: int | list[int] | None) -> set[int]:
+    return set() if token_id is None else {token_id} if isinstance(token_id, int) else set(token_id)
+
+
 AutoConfig.register("fspad", FSPADConfig, exist_ok=True)
 
-__all__ = ["FSPADConfig"]
+__all__ = ["FSPADConfig", "check_fits"]

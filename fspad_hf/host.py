@@ -39,6 +39,22 @@ def length_of(cache: Cache | None) -> int:
     return 0 if cache is None or all(cache.is_linear) else cache.get_seq_length()
 
 
+# Whose input embedding multiplies by the root of its width; elsewhere such a factor stands in the model's forward.
+SCALED_EMBEDDING = (
+    "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text", "vaultgemma",
+)  # fmt: skip
+
+
+def embedding_scale(text_config: PreTrainedConfig) -> float | None:
+    """What a target's `get_input_embeddings()` multiplies the rows of its table by; `None`: it does more to them."""
+    if text_config.model_type.startswith("inkling"):
+        return None  # normalises them
+    if text_config.model_type == "minicpm3":
+        return float(text_config.scale_emb)
+    scaled = text_config.model_type in SCALED_EMBEDDING or getattr(text_config, "scale_embedding", False)
+    return text_config.hidden_size**0.5 if scaled else 1.0
+
+
 def load_target(name: str, **kwargs) -> PreTrainedModel:
     """The model of that path or Hub id, as [`target_class`] says."""
     asked = {k: kwargs[k] for k in ("token", "cache_dir", "local_files_only", "trust_remote_code") if k in kwargs}

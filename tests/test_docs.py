@@ -24,6 +24,7 @@ import numpy as np
 import parts
 import peft
 import pytest
+import serving
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
@@ -155,6 +156,7 @@ class Runner:
     def _command(self, words: list[str], block: Block) -> None:
         known = {"fspad-hf": self._fspad, "pip": check_pip, "pytest": check_pytest, "mkdir": self._mkdir,
                  "cd": lambda arguments: self._enter(self.folder / arguments[0]),
+                 "vllm": check_vllm, "tests/serving/environment": lambda arguments: None,
                  "python": self._python, ".": lambda arguments: None, "accelerate": check_launch}  # fmt: skip
         if words[0] == CPU_ONLY:
             return self._launch(words[2:])
@@ -179,6 +181,8 @@ class Runner:
         elif arguments[0] == "examples/near_tie.py":
             near_tie = runpy.run_path(str(ROOT / arguments[0]))
             near_tie["draw"]({"float32": [8.1, 8.2], "bfloat16": [8.125, 8.125]}, ["a", "b"], "near-tie.svg")
+        elif arguments[0] == "benchmarks/serving.py":
+            assert serving.make_parser().parse_args(arguments[1:]).draft
         elif arguments[0] == "examples/first_call.py":
             runpy.run_path(str(ROOT / arguments[0]))["main"]([*arguments[1:], "--max-new-tokens", "4"])
         else:
@@ -238,12 +242,21 @@ def check_pip(arguments: list[str]) -> None:
     assert arguments[0] == "install"
     known = {Requirement(text).name: Requirement(text) for text in PROJECT["dependencies"]}
     for argument in arguments[1:]:
+        if argument in (".", "vllm"):
+            continue
         if extras := re.fullmatch(r"\.\[([\w,]+)\]", argument):
             assert set(extras[1].split(",")) <= PROJECT["optional-dependencies"].keys()
         elif not argument.startswith("-"):
             wanted = Requirement(argument)
             versions = [specifier.version for specifier in wanted.specifier]
             assert all(known[wanted.name].specifier.contains(version) for version in versions)
+
+
+def check_vllm(arguments: list[str]) -> None:
+    """What it does is tested in tests/serving, where it is installed."""
+    command, target, option, settings = arguments
+    assert (command, option) == ("serve", "--speculative-config") and Path(target).exists()
+    assert json.loads(settings)["method"] == "eagle" and Path(json.loads(settings)["model"]).exists()
 
 
 def check_pytest(arguments: list[str]) -> None:

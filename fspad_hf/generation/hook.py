@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicSlidingWindowLa
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.utils import logging
 
-from ..configuration_fspad import FSPADConfig
+from ..configuration_fspad import FSPADConfig, check_fits
 from ..host import CACHE, LAYERS, length_of
 from ..modeling_fspad import FSPADDraftModel, layer_width
 from ..runtime import quiet_transformers
@@ -177,24 +177,7 @@ def check_pair(target: PreTrainedModel, draft: FSPADDraftModel):
             "The draft is on the `meta` device and has no weights: load it with FSPADDraftModel.from_pretrained(...)."
         )
     text, width = target.config.get_text_config(), layer_width(target.get_output_embeddings())
-    made_for = f"The draft (made for {draft.config.target_name_or_path!r}) does not fit {type(target).__name__}"
-    remedy = "pass a draft trained for this target, or make one with FSPADDraftModel.from_target(target)."
-    if width is not None and width != draft.config.hidden_size:
-        raise ValueError(
-            f"{made_for}: its hidden_size is {draft.config.hidden_size}, the target's LM head reads {width}; {remedy}"
-        )
-    if text.vocab_size != draft.config.vocab_size:
-        raise ValueError(
-            f"{made_for}: its vocab_size is {draft.config.vocab_size}, the target's {text.vocab_size}; {remedy}"
-        )
-    for name in ("bos_token_id", "eos_token_id"):
-        ours, theirs = _ids(getattr(draft.config, name, None)), _ids(getattr(text, name, None))
-        if ours and theirs and ours != theirs:
-            raise ValueError(f"{made_for}: its {name} is {sorted(ours)}, the target's {sorted(theirs)}; {remedy}")
-
-
-def _ids(token_id: int | list[int] | None) -> set[int]:
-    return set() if token_id is None else {token_id} if isinstance(token_id, int) else set(token_id)
+    check_fits(draft.config, text, width, type(target).__name__)
 
 
 def why_not(

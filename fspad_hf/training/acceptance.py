@@ -5,6 +5,7 @@ all tokens come from one forward, and the trees are grown as decoding grows them
 the known tokens.
 """
 
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -279,18 +280,36 @@ def mean_tau(rows: list[dict], mode: str) -> tuple[dict[str, float], float]:
     return taus, sum(taus.values()) / len(taus) if taus else float("nan")
 
 
+def draft_chains(draft: FSPADDraftModel, length: int):
+    """Makes a draft guess as engines without trees let it: `length` tokens in a row, any of the target's ids."""
+    draft.speculation_config.update(
+        tree="fixed", tree_depth=length, tree_top_k=1, tree_total_nodes=length, tree_lookup_tokens=0
+    )
+    draft.config.draft_vocab_size = draft.draft_vocab_ids = None
+
+
 def run_acceptance(
     target: str | None, draft: str | None, questions: str | None, per_task: int, max_new_tokens: int,
-    dtype: str | None, device: str | None, json_file: str | None, seed: int = 0,
+    dtype: str | None, device: str | None, json_file: str | None, seed: int = 0, chain: int | None = None,
 ) -> list[dict]:  # fmt: skip
-    """`fspad-hf acceptance`: tau on the first turns of Spec-Bench questions, printed as a table."""
+    """
+    `fspad-hf acceptance`: tau on the first turns of Spec-Bench questions, printed as a table.
+
+    Args:
+        chain: guess so many tokens in a row instead of a tree, see [`draft_chains`]; the table then says, too, what
+            share of the rounds accepted the first of them, the second, ...
+    """
     from rich.console import Console
 
     from ..evaluation.report import MODE_TITLES, figure_table
 
+    if chain is not None and chain < 1:
+        raise ValueError(f"--chain {chain}: expected 1 or more tokens to guess; without --chain trees are drafted.")
     json_file = writable_file(json_file) if json_file is not None else None
     asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
     models = load_models(target, draft, device, dtype)
+    if chain is not None:
+        draft_chains(models.draft, chain)
     with quiet_transformers(), counted("answers simulated", 2 * len(asked)) as advance:
         rows = measure_acceptance(models.target, models.tokenizer, models.draft, asked, max_new_tokens, seed, advance)
     taus = {mode: mean_tau(rows, mode) for mode in dict.fromkeys(row["mode"] for row in rows)}
@@ -300,6 +319,12 @@ def run_acceptance(
         table.add_row(task, *(f"{found[task]:.2f}" if task in found else "-" for found, _ in taus.values()))
     table.add_section()
     table.add_row("mean", *(f"{mean:.2f}" for _, mean in taus.values()))
+    if chain is not None:
+        table.add_section()
+        lengths = [Counter(n for row in rows if row["mode"] == mode for n in row["accepted_lengths"]) for mode in taus]
+        for position in range(1, chain + 1):
+            shares = (sum(of[n] for n in of if n > position) / max(of.total(), 1) for of in lengths)
+            table.add_row(f"accepted at {position}", *(f"{share:.3f}" for share in shares))
     Console().print(table)
     if json_file is not None:
         write_json(json_file, rows)

@@ -11,9 +11,17 @@ from fspad_hf.generation.tree import TreeShape
 from fspad_hf.loading import encode_chat
 from fspad_hf.modeling_fspad import FSPADDraftOutput
 from fspad_hf.training import acceptance
-from fspad_hf.training.acceptance import KnownNoise, known_continuations, mean_tau, measure_acceptance, simulate
+from fspad_hf.training.acceptance import (
+    KnownNoise,
+    draft_chains,
+    known_continuations,
+    mean_tau,
+    measure_acceptance,
+    simulate,
+)
 from fspad_hf_cli import main
 
+from .. import tiny
 from ..conftest import fresh_draft, grown
 
 
@@ -83,6 +91,29 @@ def test_the_command_tells_how_far_it_is_when_piped(llama, tokenizer, tmp_path, 
     figures = {name: line.split() for line in shown.out.splitlines() for name in line.split()[:1]}
     assert all(len(figures[name]) == 4 for name in ("summarization", "rag", "mean"))
     assert len(json.loads((tmp_path / "rows.json").read_text())) == 66
+
+
+def test_chains_are_those_of_engines_without_trees(tokenizer, tmp_path, capsys):
+    llama = tiny.build("llama")
+    llama.generation_config.eos_token_id = llama.config.eos_token_id = None
+    llama.save_pretrained(tmp_path / "target"), tokenizer.save_pretrained(tmp_path / "target")
+    draft = fresh_draft(llama, draft_vocab_size=16)
+    draft.save_pretrained(tmp_path, tokenizer=tokenizer)
+    (tmp_path / "questions.jsonl").write_text(json.dumps({"category": "rag", "turns": ["why"]}))
+    command = ["acceptance", "--target", tmp_path / "target", "--draft", tmp_path, "--device", "cpu"]
+    command += ["--questions", tmp_path / "questions.jsonl", "--max-new-tokens", 200, "--json", tmp_path / "rows.json"]
+    assert main([*map(str, command), "--chain", "0"]) == 2 and "--chain 0: expected 1" in capsys.readouterr().err
+    assert main([*map(str, command), "--chain", "3"]) == 0
+    greedy = json.loads((tmp_path / "rows.json").read_text())[0]["accepted_lengths"]
+    draft_chains(draft, 3)  # of all ids
+    inputs = encode_chat(tokenizer, [{"role": "user", "content": "why"}])
+    kwargs = {"do_sample": False, "max_new_tokens": 200, "return_dict_in_generate": True}
+    assert greedy == llama.generate(**inputs, assistant_model=draft, **kwargs).speculation.accepted_lengths
+    shown = capsys.readouterr().out
+    for at in (1, 2, 3):
+        share = sum(length > at for length in greedy) / len(greedy)
+        assert float(re.search(rf"accepted at {at} +(\S+)", shown)[1]) == pytest.approx(share, abs=1e-3)
+    assert max(greedy) > 1
 
 
 def test_durations():
