@@ -76,7 +76,10 @@ class FSPADDecoderLayer(nn.Module):
             self.mlp.down_proj = nn.Linear(config.intermediate_size, 2 * config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: torch.Tensor, **attention_kwargs) -> tuple[torch.Tensor, torch.Tensor]:
-        attended = hidden_states + self.self_attn(hidden_states=hidden_states, **attention_kwargs)[0]
+        return self.halves(hidden_states + self.self_attn(hidden_states=hidden_states, **attention_kwargs)[0])
+
+    def halves(self, attended: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """o_logit and o_feature of `a`, each of its shape, `[..., hidden]`; equal without `partial_alignment`."""
         out = self.mlp(self.post_attention_layernorm(attended))
         if self.partial_alignment:
             logit_half, feature_half = out.chunk(2, dim=-1)

@@ -35,6 +35,7 @@ except ImportError as error:
 
 from ..configuration_fspad import FSPADConfig, check_fits
 from ..host import embedding_scale
+from ..modeling_fspad import FSPADDecoderLayer, FSPADFeatureSampler
 
 
 class FeatureSampler(nn.Module):
@@ -53,11 +54,7 @@ class FeatureSampler(nn.Module):
             self.down_proj = RowParallelLinear(inner, hidden, prefix=f"{prefix}.down_proj", **options)
             self.act_fn = ACT2FN[config.hidden_act]
 
-    def forward(self, inputs_embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        z = self.fc(torch.cat((inputs_embeds, features), dim=-1))
-        if not self.feature_sampling:
-            return z
-        return z + self.down_proj(self.act_fn(self.gate_proj(inputs_embeds)) * self.up_proj(self.norm(z)))
+    forward = FSPADFeatureSampler.forward
 
 
 class MLP(nn.Module):
@@ -119,12 +116,9 @@ class DecoderLayer(nn.Module):
         self.partial_alignment = config.partial_alignment
 
     def forward(self, positions: torch.Tensor, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        attended = hidden_states + self.self_attn(positions, hidden_states)
-        out = self.mlp(self.post_attention_layernorm(attended))
-        if self.partial_alignment:
-            logit_half, feature_half = out.chunk(2, dim=-1)
-            return attended + logit_half, attended + feature_half
-        return attended + out, attended + out
+        return self.halves(hidden_states + self.self_attn(positions, hidden_states))
+
+    halves = FSPADDecoderLayer.halves
 
 
 @support_torch_compile
@@ -204,7 +198,7 @@ class EagleFSPADDraftModel(nn.Module):
             o_logit, which [`compute_logits`] reads, and o_feature, the next step's `hidden_states`.
         """
         if inputs_embeds is not None:
-            raise NotImplementedError("An FSPAD draft reads token ids in vLLM: expected no inputs_embeds.")
+            raise ValueError("An FSPAD draft reads token ids in vLLM, not inputs_embeds: send prompts as text or ids.")
         return self.model(input_ids, positions, hidden_states)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
