@@ -18,7 +18,7 @@ from torch import nn
 from ..modeling_fspad import FSPADDraftOutput
 from .packing import continues, segment_mask, segment_positions
 from .self_feeding import self_fed_outputs
-from .targets import LOGITS_AT_ONCE, FrozenTarget, TargetOutputs
+from .targets import FrozenTarget, TargetOutputs, positions_at_once
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def step_losses(
         masks (`[rows, length - 1]`): True where token t+1 is the assistant's; a later step's keeps nothing that the
             first one's does not.
         known: the target's, at positions 0 ... length - 1.
-        chunk: positions whose logits are held at a time; by default as many as make `LOGITS_AT_ONCE`.
+        chunk: positions whose logits are held at a time; by default [`positions_at_once`].
     """
     first = masks[0]
     f, p = known.features[:, 1:], known.top_log_probs[:, 1:][first].float().exp()
@@ -135,7 +135,7 @@ def step_losses(
     x = torch.stack([out.logit_features[first] for out in outputs], dim=1)  # [positions, steps, hidden]
     counted = torch.stack([mask[first] for mask in masks], dim=1)  # [positions, steps]
     width = target.view.text_config.vocab_size if drafted is None else len(drafted)
-    chunk = chunk or max(LOGITS_AT_ONCE // width, 1)
+    chunk = chunk or positions_at_once(x.device, width)
     logit, top1 = _ChunkedCrossEntropy.apply(x, columns, p, counted, lambda x: target.logits(x, drafted), chunk)
     return [LossSums(*sums) for sums in zip(regressed, logit, top1, counted.sum(0), strict=True)]
 

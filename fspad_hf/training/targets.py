@@ -22,6 +22,7 @@ from .shards import ShardFolder
 
 TOP_K = 64  # of the target's tokens, whose probabilities the draft is aligned with
 LOGITS_AT_ONCE = 1 << 26  # a quarter of a gigabyte in float32, several times
+LOGITS_OF_A_CPU = 1 << 22  # in float32 what malloc keeps for the next ones; more is cleared by the kernel each time
 SHARD_ROWS = 64
 ROWS_AT_ONCE = 8
 
@@ -116,13 +117,18 @@ class FrozenTarget:
         top_ids = torch.zeros(*counted.shape, self.top_k, dtype=torch.long, device=features.device)
         top_log_probs = torch.zeros(top_ids.shape, device=features.device)
         places = counted.to(features.device).nonzero(as_tuple=True)
-        at_once = max(LOGITS_AT_ONCE // self.view.text_config.vocab_size, 1)
+        at_once = positions_at_once(self.head_device, self.view.text_config.vocab_size)
         for some in zip(*(index.split(at_once) for index in places), strict=True):
             logits = self.logits(features[some]).float()
             values, tokens = logits.topk(self.top_k, dim=-1)
             values = values - logits.logsumexp(-1, keepdim=True)
             top_ids[some], top_log_probs[some] = tokens.to(top_ids.device), values.to(top_ids.device)
         return TargetOutputs(features, top_ids, top_log_probs)
+
+
+def positions_at_once(device: torch.device, logits: int) -> int:
+    """How many positions, of so many logits each, are worked on together."""
+    return max((LOGITS_OF_A_CPU if device.type == "cpu" else LOGITS_AT_ONCE) // logits, 1)
 
 
 class KeptOutputs:
