@@ -111,7 +111,8 @@ def run_ablation(
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     with state.main_process_first():  # which downloads them
         asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
-    drafts = _drafts(args, seeds, {**(draft_overrides or {}), "draft_vocab_size": training.get("draft_vocab_size")})
+    fields = {**(draft_overrides or {}), "draft_vocab_size": training.get("draft_vocab_size")}
+    drafts = _drafts(args, seeds, {**fields, "draft_vocab_size": make_plan(target, fields).draft_vocab_size})
     _check(args, data, max_new_tokens)
     measured = _measurement(target, asked, per_task, max_new_tokens, dtype)
     _check_begun(drafts, [_wanted(draft, target, data, dtype, training) for draft in drafts], measured, state)

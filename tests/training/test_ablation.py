@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.training import ablation, acceptance
+from fspad_hf.training import ablation, acceptance, plan
 from fspad_hf.training.ablation import VARIANTS, run_ablation
 from fspad_hf.training.acceptance import mean_tau, measure_acceptance
 from fspad_hf.training.arguments import FSPADTrainingArguments
@@ -187,6 +187,7 @@ def test_other_weights_are_measured_anew(files, folder):
 
 
 def test_an_interrupted_ablation_goes_on(files, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plan, "DRAFTED", 40)  # the default drafts a part of the vocabulary, as of a real target
     train, simulate = ablation.run_training, ablation.simulate_answer
     left = {"trainings": 2, "answers": 15}
 
