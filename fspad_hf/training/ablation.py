@@ -25,7 +25,16 @@ from ..evaluation.bench import describe_machine
 from ..evaluation.paired import paired_difference
 from ..evaluation.spec_bench import read_questions
 from ..modeling_fspad import FSPADDraftModel
-from ..runtime import changed_settings, counted, duration, quiet_transformers, status, write_file, write_json
+from ..runtime import (
+    changed_settings,
+    check_reachable,
+    counted,
+    duration,
+    quiet_transformers,
+    status,
+    write_file,
+    write_json,
+)
 from ..speculation_config import SpeculationConfig
 from .acceptance import KnownAnswer, known_answers, mean_tau, simulate_answer
 from .arguments import FSPADTrainingArguments, started
@@ -111,6 +120,7 @@ def run_ablation(
     data = data if isinstance(data, DataConfig) else DataConfig(data)
     with state.main_process_first():  # which downloads them
         asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
+    check_reachable(target, "target")
     fields = {**(draft_overrides or {}), "draft_vocab_size": training.get("draft_vocab_size")}
     drafts = _drafts(args, seeds, {**fields, "draft_vocab_size": make_plan(target, fields).draft_vocab_size})
     _check(args, data, max_new_tokens)
