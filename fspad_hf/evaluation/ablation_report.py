@@ -11,10 +11,10 @@ GOAL = f"{OURS} above {BASELINE} at both temperatures and no task significantly 
 HOW = (
     "tau is tokens after the first / verification forwards, by exact simulation of the rounds over answers that all "
     "drafts share; of a task sum / sum over its prompts, the mean over seeds. T = 1 is temperature 1, top_k 0, top_p "
-    "1. A difference is FSPAD's tau - the other's, all seeds added up, with a 95 % interval by paired bootstrap: "
-    "prompts are resampled within tasks, the same for both. It is significant, and marked by an arrow, where the "
-    "interval leaves zero out; intervals of single tasks are not corrected for their number. It tells how sure the "
-    "difference is over prompts; how far trainings lie apart, the table of seeds tells."
+    "1. A difference is FSPAD's tau - the other's over the seeds that both have, added up, with a 95 % interval by "
+    "paired bootstrap: prompts are resampled within tasks, the same for both. It is significant, and marked by an "
+    "arrow, where the interval leaves zero out; intervals of single tasks are not corrected for their number. It "
+    "tells how sure the difference is over prompts; how far trainings lie apart, the table of seeds tells."
 )
 
 
@@ -105,7 +105,8 @@ def _seeds(drafts: dict) -> list[str]:
     first = next(iter(seeds.values()))
     lines = ["| mean tau | " + " | ".join(f"seed {seed}" for seed in first) + " |", "|---|" + "---|" * len(first)]
     return lines + [
-        f"| {name} | " + " | ".join(f"{tau:.2f}" for tau in taus.values()) + " |" for name, taus in seeds.items()
+        f"| {name} | " + " | ".join(f"{taus[seed]:.3f}" if seed in taus else "-" for seed in first) + " |"
+        for name, taus in seeds.items()
     ]
 
 

@@ -348,14 +348,16 @@ def figures_of(measured: Sequence[tuple[str, int, list[dict]]]) -> dict[str, dic
     figures: dict[str, dict[str, dict]] = {}
     for mode in dict.fromkeys(row["mode"] for row in measured[0][2]):
         tasks = {row["prompt"]: row["task"] for row in measured[0][2] if row["mode"] == mode}
-        sums, taus = {}, {}
+        sums, taus = {}, {}  # by draft, of each of its seeds
         for name, seed, rows in measured:
             mine = {row["prompt"]: (row["tokens"], row["rounds"]) for row in rows if row["mode"] == mode}
-            sums[name] = sums.get(name, 0) + np.array([mine[prompt] for prompt in tasks])
+            sums.setdefault(name, {})[seed] = np.array([mine[prompt] for prompt in tasks])
             taus.setdefault(name, {})[seed] = mean_tau(rows, mode)
         figures[mode] = {name: _figures(taus[name]) for name in taus}
         for name in (name for name in sums if name != OURS):
-            found = paired_difference(sums[OURS], sums[name], list(tasks.values()))
+            shared = sums[OURS].keys() & sums[name].keys()  # seeds lie further apart than drafts
+            ours, theirs = (sum(sums[draft][seed] for seed in shared) for draft in (OURS, name))
+            found = paired_difference(ours, theirs, list(tasks.values()))
             for task, figure in found["tasks"].items():
                 figures[mode][name]["tasks"][task]["difference"] = figure
             if found["mean"]:

@@ -152,12 +152,15 @@ def test_differences_pool_the_seeds_and_pair_the_prompts():
     measured = [
         ("FSPAD", 0, made_up([20, 30])), ("EAGLE-2", 0, made_up([30, 40])),
         ("FSPAD", 1, made_up([30, 20])), ("EAGLE-2", 1, made_up([20, 60])[::-1]),  # in another order
+        ("without feature sampling", 0, made_up([24, 36])),
     ]  # fmt: skip
     found = ablation.figures_of(measured)["greedy"]
     assert found["FSPAD"]["seeds"] == {"0": 2.4, "1": 2.4} and found["EAGLE-2"]["seeds"] == {"0": 1.7143, "1": 1.5}
     assert found["EAGLE-2"]["mean"]["tau"]["value"] == pytest.approx((120 / 70 + 120 / 80) / 2, abs=1e-4)
     difference = found["EAGLE-2"]["mean"]["difference"]  # by prompt: 120/50 - 120/50 and 120/50 - 120/100
     assert difference == {"value": 0.8, "low": 0.0, "high": 1.2}  # 240/100 - 240/150
+    difference = found["without feature sampling"]["mean"]["difference"]  # to the draft of its own seed
+    assert difference == {"value": 0.4, "low": 0.3333, "high": 0.5}
 
 
 def test_finished_work_is_not_done_again(files, folder):
@@ -327,4 +330,5 @@ def test_the_report_and_its_plots(done):
     mean = calls.results["figures"]["greedy"]["EAGLE-2"]["mean"]
     assert f"| EAGLE-2 | {mean['tau']['value']:.2f}" not in text.split("## T = 0")[0]
     assert f" | **{mean['tau']['value']:.2f}** |" in text and f"{mean['difference']['value']:+.3f} (" in text
+    assert re.search(r"^\| without partial alignment \| \d\.\d{3} \| - \|$", text, re.MULTILINE)
     assert "| mean tau | seed 3 | seed 5 |" in text and "38 rows of 40 tokens (ids.npy) for 2 steps of 2 rows" in text
