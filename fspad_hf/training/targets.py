@@ -22,7 +22,7 @@ from .shards import ShardFolder
 
 TOP_K = 64  # of the target's tokens, whose probabilities the draft is aligned with
 LOGITS_AT_ONCE = 1 << 26  # a quarter of a gigabyte in float32, several times
-LOGITS_OF_A_CPU = 1 << 22  # in float32 what malloc keeps for the next ones; more is cleared by the kernel each time
+LOGITS_AT_ONCE_CPU = 1 << 22  # 16 MB, which malloc uses again; larger blocks come from the kernel, zeroed, each time
 SHARD_ROWS = 64
 ROWS_AT_ONCE = 8
 
@@ -127,8 +127,8 @@ class FrozenTarget:
 
 
 def positions_at_once(device: torch.device, logits: int) -> int:
-    """How many positions, of so many logits each, are worked on together."""
-    return max((LOGITS_OF_A_CPU if device.type == "cpu" else LOGITS_AT_ONCE) // logits, 1)
+    """How many positions, each of `logits` logits, are worked on together on `device`."""
+    return max((LOGITS_AT_ONCE_CPU if device.type == "cpu" else LOGITS_AT_ONCE) // logits, 1)
 
 
 class KeptOutputs:

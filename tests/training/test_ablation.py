@@ -274,7 +274,7 @@ def command(files, output, *options):
         ("--batch-rows 0", "batch_rows=0 cannot be shared"),
         ("--questions nowhere.jsonl", "nowhere.jsonl"),
         ("--data nowhere.npy", "No .npy files"),
-        ("--target nowhere/at/all", "nowhere/at/all"),
+        ("--target nowhere/at/all", "target='nowhere/at/all' is no folder here"),
         ("--rows 999", "rows=999, but the data has 38"),
         ("--dtype float3", "dtype='float3' is unknown"),
     ],

@@ -103,7 +103,7 @@ def test_few_logits_live_at_once(steps, monkeypatch):
     mask = torch.arange(64).view(4, 16) % 2 == 0
     found = head.outputs(torch.randn(4, 17, 8))
     monkeypatch.setattr(head, "logits", logits)
-    monkeypatch.setattr(targets, "LOGITS_OF_A_CPU", 160)
+    monkeypatch.setattr(targets, "LOGITS_AT_ONCE_CPU", 160)
     each = step_losses(outs, [mask] * steps, found, head, None, Objective(steps, 1.0, 0.5, 3))
     sum(sums.feature + sums.logit for sums in each).backward()
     assert asked == steps * 32 and peak == 4 and alive == 0
