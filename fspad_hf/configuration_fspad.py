@@ -12,6 +12,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .speculation_config import FIELDS
 
+GONE = ("prepack_linears", "coupling_sharpness", "coupling_kappa")  # fields of older versions
+
 
 @strict
 class FSPADConfig(PreTrainedConfig):
@@ -73,7 +75,8 @@ class FSPADConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         # Once these fields were here; what a draft was saved with then still holds.
         self.old_speculation = {name: kwargs.pop(name) for name in FIELDS if name in kwargs}
-        kwargs.pop("prepack_linears", None)
+        for name in GONE:
+            kwargs.pop(name, None)
         if kwargs.get("quantization_config"):
             raise ValueError(
                 f"quantization_config={kwargs['quantization_config']!r} in a draft's config: expected none, for a "

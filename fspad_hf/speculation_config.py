@@ -15,7 +15,7 @@ FILE = "speculation_config.json"
 PAPER = {"tree": "fixed", "tree_depth": 6, "tree_top_k": 10, "tree_total_nodes": 59}
 CPU = {"tree": "auto", "tree_depth": 6, "tree_top_k": 8, "tree_total_nodes": 31}
 ROWS, CPU_ROWS = 128, 32  # nodes of all trees of a batch together
-ELSE = {"cuda_graphs": False, "coupled_drafting": True, "coupling_sharpness": 1.0, "coupling_kappa": 1.0}
+ELSE = {"cuda_graphs": False, "coupled_drafting": True}
 RANGES = {"tree_depth": (1, 64), "tree_top_k": (1, 256), "tree_total_nodes": (1, 1024), "tree_lookup_tokens": (0, 256)}
 
 
@@ -38,9 +38,6 @@ class SpeculationConfig:
         cuda_graphs: on CUDA, record each step of a round as a graph when it is first run and replay it afterwards, so
             that the host no longer holds up the device; what cannot be recorded runs as ever.
         coupled_drafting: when sampling, let the draft see the noise of the coming draws.
-        coupling_sharpness: the factor on the draft's log-probabilities where a coupled child is chosen. A draft hedges
-            between continuations that the target tells apart, so above 1 its guess of a given draw is better.
-        coupling_kappa: the factor on a coupled child's score before it becomes a confidence.
     """
 
     tree: str | None = None
@@ -50,8 +47,6 @@ class SpeculationConfig:
     tree_lookup_tokens: int | None = None
     cuda_graphs: bool | None = None
     coupled_drafting: bool | None = None
-    coupling_sharpness: float | None = None
-    coupling_kappa: float | None = None
 
     def __setattr__(self, name: str, value):
         if name not in self.__annotations__:
@@ -136,16 +131,13 @@ def _check(name: str, value) -> None:
             raise ValueError(
                 f"{name}={value!r} makes no tree: expected an integer from {low} to {high}, or None to have it chosen."
             )
-    elif name.startswith("coupling_"):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"{name}={value!r} must be finite and above 0, or None for 1.")
     elif not isinstance(value, bool):
         raise ValueError(f"{name}={value!r} must be True, False, or None to have it chosen.")
 
 
 OLD_DEFAULTS = {
     "tree": "fixed", "tree_depth": 6, "tree_top_k": 10, "tree_total_nodes": 59, "tree_lookup_tokens": 0,
-    "cuda_graphs": False, "coupled_drafting": True, "coupling_sharpness": 1.0, "coupling_kappa": 1.0,
+    "cuda_graphs": False, "coupled_drafting": True,
 }  # fmt: skip
 
 

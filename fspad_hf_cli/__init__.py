@@ -13,7 +13,7 @@ from importlib import metadata
 
 # modules of fspad_hf_cli.commands, as --help lists them
 COMMANDS = (
-    "demo", "chat", "explain", "verify", "bench", "profile", "acceptance", "selfplay", "train", "ablate", "calibrate",
+    "demo", "chat", "explain", "verify", "bench", "profile", "acceptance", "selfplay", "train", "ablate",
     "convert", "push", "export-custom-generate",
 )  # fmt: skip
 EXTRAS = {"gguf": "demo", "rich": "demo", "accelerate": "train", "datasets": "train", "matplotlib": "bench"}

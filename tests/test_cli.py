@@ -119,7 +119,7 @@ def test_python_dash_m(monkeypatch, capsys):
 
 DRAFT_ALONE = {
     "demo": "", "chat": "", "explain": "Why? --output rounds.html", "verify": "", "bench": "--output results",
-    "profile": "", "acceptance": "", "calibrate": "--data rows.npy",
+    "profile": "", "acceptance": "",
 }  # fmt: skip
 
 

@@ -63,7 +63,6 @@ SMALL = {  # what stands in the documents, or the default, would take minutes
     "acceptance": {"--max-new-tokens": "5", "--per-task": "1"},
     "train": {"--max-steps": "2", "--batch-rows": "4", "--micro-rows": "4"},
     "ablate": {"--max-steps": "1", "--batch-rows": "2", "--per-task": "1", "--max-new-tokens": "3", "--seeds": "0"},
-    "calibrate": {"--positions": "64"},
     "selfplay": {"--rows": "48", "--row-length": "48", "--batch-rows": "48"},
 }
 FENCE = re.compile(r"(?:<!-- (?P<mark>[^\n]*?) -->\n\n?)?```(?P<language>\w*)\n(?P<text>.*?)^```$", re.S | re.M)

@@ -181,7 +181,7 @@ class Drafter:
         The top k children of each node of a level (`[trees, nodes, hidden]`): log-confidences and tokens, both
         `[trees, nodes, k]`. Uncoupled, by the log-softmax of the raw draft logits; else see [`coupled_scores`].
         """
-        ids, settings = self.draft.draft_vocab_ids, self.settings
+        ids = self.draft.draft_vocab_ids
         scores = self.target.draft_logits(logit_features, ids).float().to(self.draft.device)
         if noise is not None:
             # finite, for some warpers refuse what is not, and a draft may be wrong in any way
@@ -189,21 +189,21 @@ class Drafter:
             flat = self.warpers(None, flat) if self.warpers else flat
             drawn = noise[depth].to(scores.device)[:, None]
             drawn = drawn if ids is None else drawn[..., ids]
-            scores = coupled_scores(flat.view_as(scores), drawn, settings.coupling_sharpness, settings.coupling_kappa)
+            scores = coupled_scores(flat.view_as(scores), drawn)
         values, tokens = scores.log_softmax(-1).topk(k, dim=-1)
         return values, tokens if ids is None else ids[tokens]
 
 
-def coupled_scores(scores: torch.Tensor, noise: torch.Tensor, sharpness: float, kappa: float) -> torch.Tensor:
+def coupled_scores(scores: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """
-    kappa (sharpness log q - log E), with q the draft's warped distribution and E the Exp(1) row of noise that will
-    decide the draw: the token which wins is the one the draw would pick if the draft, sharpened, were the target.
+    log q - log E, with q the draft's warped distribution and E the Exp(1) row of noise that will decide the draw: the
+    token which wins is the one the draw would pick if the draft were the target.
 
     Args:
         scores (`[..., V]`): log q, up to a constant.
         noise (`[..., V]`): E.
     """
-    return kappa * (sharpness * scores - noise.clamp(min=torch.finfo(noise.dtype).tiny).log())
+    return scores - noise.clamp(min=torch.finfo(noise.dtype).tiny).log()
 
 
 def latest(

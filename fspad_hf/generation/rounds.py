@@ -252,8 +252,7 @@ class Rounds:
             return tree.grafted(chain, looked_up) if chain.shape[1] else tree, read
 
         noise = inputs.noise[: inputs.shape.depth] if inputs.coupled else None
-        settings, warpers = self.drafter.settings, settings_of(self.drafter.warpers)
-        key = "draft", inputs.shape, inputs.sizes, settings.coupling_kappa, settings.coupling_sharpness, warpers
+        key = "draft", inputs.shape, inputs.sizes, settings_of(self.drafter.warpers)
         tensors = inputs.numbers, inputs.features, noise, self.read.logit_features, self.read.features
         tree, self.read = self.done(inputs, step, key, tensors)
         if inputs.shape.depth:

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 AT_LEAST = {
     "noise": 0, "feature_weight": 0, "logit_weight": 0, "self_steps": 1, "top_k_weight": 0, "top_k": 1,
-    "target_top_k": 1, "eval_rows": 1, "eval_tokens": 1, "coupling_positions": 0,
+    "target_top_k": 1, "eval_rows": 1, "eval_tokens": 1,
 }  # fmt: skip
 ABOVE = {"clip_grad_value": 0, "learning_rate": 0, "self_step_decay": 0}
 
@@ -71,7 +71,6 @@ class FSPADTrainingArguments(TrainingArguments):
     linear_start: bool = field(default=False, metadata={"help": "Begin at the best linear guess, see [`warm_start`]."})
     eval_rows: int = field(default=32, metadata={"help": "Held-out rows that are evaluated on, at most."})
     eval_tokens: int = field(default=512, metadata={"help": "Their tokens in simulated rounds, about."})
-    coupling_positions: int = field(default=2048, metadata={"help": "Held-out tokens to fit coupling at; 0: none."})
 
     def __post_init__(self):
         if self.eval_steps == 0:

@@ -15,7 +15,7 @@ from .targets import TOP_K
 
 DRAFTED = 16_384  # ids, of a larger vocabulary
 SHOWN = (*CURVE, "per_device_train_batch_size", "gradient_accumulation_steps", "eval_strategy", "eval_steps")
-SHOWN += ("save_steps", "save_total_limit", "linear_start", "coupling_positions", "report_to")
+SHOWN += ("save_steps", "save_total_limit", "linear_start", "report_to")
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from .data import TrainingRows
 PROVENANCE = "training.json"
 SETTINGS = "settings.json"  # of the run, in each of its checkpoints
 START = "start_sha256"  # of the weights that a run begins with
-LEARNT = ("weights_sha256", "coupling_sharpness", "coupling_kappa", "target_name_or_path")  # no settings of a run
+LEARNT = ("weights_sha256", "target_name_or_path")  # no settings of a run
 CURVE = (  # the arguments that the curve of losses is a function of
     "max_steps", "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "adam_beta1",
     "adam_beta2", "adam_epsilon", "weight_decay", "max_grad_norm", "clip_grad_value", "feature_weight", "logit_weight",

@@ -207,7 +207,7 @@ def _describe(
     if not len(held_out):
         console.print(
             f"Warning: of {len(rows)} rows none is held out, so nothing tells how good the draft gets: its last "
-            f"weights are saved, and its coupling is not fitted. Take {HELD_OUT_SHARE} rows or more.",
+            f"weights are saved. Take {HELD_OUT_SHARE} rows or more.",
             style="yellow", highlight=False, soft_wrap=True,
         )  # fmt: skip
 

@@ -24,16 +24,14 @@ from ..modeling_fspad import FSPADDraftModel
 from ..runtime import changed_settings, counted, write_json
 from .arguments import FSPADTrainingArguments
 from .callbacks import Interrupts, StepChecks, TrainingInterrupted
-from .coupling import fit_coupling
 from .data import TrainingRows
 from .losses import Objective, draft_loss
 from .provenance import SETTINGS, START, make_provenance, read_provenance, run_settings, save_draft
 from .targets import FrozenTarget, KeptOutputs, TargetOutputs, is_sharded
-from .validation import documents, validate
+from .validation import validate
 from .warm_start import warm_start
 
 AUTOCAST = ("forward", "_original_forward")  # of a module that accelerate has prepared
-COUPLING_ROWS = 48
 LINEAR_START_ROWS = 128
 IN_MEMORY = ("memory", "true")
 SUMS = ("feature", "logit", "top1", "positions")
@@ -152,7 +150,6 @@ class FSPADTrainer(Trainer):
                 raise TrainingInterrupted(self.state, self.args)
         for name in AUTOCAST:
             self.model.__dict__.pop(name, None)
-        self.about |= self._fit_coupling()
         return output
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -310,22 +307,6 @@ class FSPADTrainer(Trainer):
         self._load_from_checkpoint(best or str(folder))
         self.state, self.is_in_train = state, False
         return True
-
-    def _fit_coupling(self) -> dict[str, float]:
-        """[`fit_coupling`] on the main process; its outcome is everybody's. What to record of it."""
-        if self.held_out is None or not self.args.coupling_positions:
-            return {}
-        draft, fitted = self.model, [{}]
-        if self.args.process_index == 0 or self.sharded:
-            texts = [(ids, mask) for ids, mask in documents(self.held_out[:COUPLING_ROWS]) if mask[2:].any()]
-            if texts:
-                texts = [nn.utils.rnn.pad_sequence(list(part), batch_first=True) for part in zip(*texts, strict=True)]
-                draft.eval()
-                fitted = [fit_coupling(draft, self.frozen.model, *texts, self.args.coupling_positions, self.args.seed)]
-        fitted = broadcast_object_list(fitted)[0]
-        if fitted:
-            draft.speculation_config.update(coupling_sharpness=fitted["sharpness"], coupling_kappa=fitted["kappa"])
-        return {f"coupling_{name}": value for name, value in fitted.items()}
 
 
 def last_checkpoint(folder: str | os.PathLike) -> str | None:

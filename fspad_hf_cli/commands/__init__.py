@@ -6,11 +6,8 @@ time.
 """
 
 
-def add_model_arguments(parser, several_drafts: bool = False, folder: bool = False):
-    """
-    `--target`, `--draft`, `--device` and `--dtype`, as [`fspad_hf.loading.load_models`] takes them; with `folder` the
-    draft is one that is changed, so there is no default.
-    """
+def add_model_arguments(parser, several_drafts: bool = False):
+    """`--target`, `--draft`, `--device` and `--dtype`, as [`fspad_hf.loading.load_models`] takes them."""
     models = parser.add_argument_group("models")
     models.add_argument(
         "--target", metavar="PATH_OR_HUB_ID", help="default: the one that the draft names; SmolLM2-135M from PyPI"
@@ -20,10 +17,6 @@ def add_model_arguments(parser, several_drafts: bool = False, folder: bool = Fal
             "--draft", dest="drafts", action="append", metavar="[NAME=]PATH_OR_HUB_ID",
             help="may be repeated; default: the released draft of SmolLM2-135M",
         )  # fmt: skip
-    elif folder:
-        models.add_argument(
-            "--draft", metavar="DIR", required=True, help="its speculation_config.json may be rewritten"
-        )
     else:
         models.add_argument("--draft", metavar="PATH_OR_HUB_ID", help="default: the released draft of SmolLM2-135M")
     models.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is one, else cpu)")

@@ -81,7 +81,6 @@ def add_shared_arguments(parser, required: bool = False) -> tuple:
         help="in simulated rounds (default: 512)",
     )
     add(watching, "--metric-for-best-model", "--best-by", metavar="NAME", help="tau, loss, ... (default: tau)")
-    add(watching, "--coupling-positions", type=int, metavar="N", help="fit coupled drafting (default: 2048; 0: no)")
     add(watching, "--logging-steps", "--log-every", type=int, metavar="N", help="default: 10")
     return data, models, training, watching
 

@@ -20,25 +20,25 @@ def prepared(llama, draft, prompt):
 
 
 @pytest.mark.parametrize("vocabulary", [None, 20])
-@pytest.mark.parametrize("kappa", [None, 1.0, 2.0])
+@pytest.mark.parametrize("coupled", [False, True])
 @pytest.mark.parametrize("variant", [(True, True), (True, False), (False, True), (False, False)])
-def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, vocabulary):
+def test_a_tree_equals_one_grown_node_by_node(llama, prompt, coupled, variant, vocabulary):
     """Batched levels, tree masks and caches against the definition: each node's path through the draft on its own."""
     sampling, alignment = variant
     depth, k, total = 4, 3, 14
     draft = fresh_draft(
-        llama, tree_depth=depth, tree_top_k=k, tree_total_nodes=total, coupling_kappa=kappa or 1.0,
+        llama, tree_depth=depth, tree_top_k=k, tree_total_nodes=total,
         feature_sampling=sampling, partial_alignment=alignment, draft_vocab_size=vocabulary,
     )  # fmt: skip
     ids = torch.arange(64)
     if vocabulary:
         ids = draft.draft_vocab_ids = torch.randperm(64, generator=torch.Generator().manual_seed(2))[:vocabulary]
     torch.manual_seed(3)
-    noise = NoiseQueue(torch.device("cpu"), 64) if kappa else None
+    noise = NoiseQueue(torch.device("cpu"), 64) if coupled else None
     generator, features, read = prepared(llama, draft, prompt)
-    seen = noise.peek(depth) if kappa else None
+    seen = noise.peek(depth) if coupled else None
     tree = grown(generator, read, prompt[:, -1:], TreeShape.of(draft.speculation_settings()), seen)
-    rows = seen[:, 0] if kappa else None
+    rows = seen[:, 0] if coupled else None
 
     def expand(path):
         """The draft over the true pairs and then its own features: log-confidences of the node's children."""
@@ -50,7 +50,7 @@ def test_a_tree_equals_one_grown_node_by_node(llama, prompt, kappa, variant, voc
                 tokens = torch.cat((tokens, torch.tensor([[token]])), dim=1)
         scores = llama.lm_head(out.logit_features[0, -1])[ids]
         if rows is not None:
-            scores = kappa * (scores.log_softmax(-1) - rows[len(path)][ids].log())
+            scores = scores.log_softmax(-1) - rows[len(path)][ids].log()
         return scores.log_softmax(-1)
 
     with torch.no_grad():

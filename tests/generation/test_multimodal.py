@@ -102,7 +102,7 @@ def test_a_draft_is_made_trained_and_loaded_with_such_a_target(name, tokenizer, 
     """On text, by the commands, which load the target as a model that sees where it is no other."""
     model = tiny_vision.build(name)
     files = write_files(tmp_path, model, tokenizer)
-    options = "--steps 3 --batch-rows 2 --warmup-steps 1 --validate-tokens 40 --coupling-positions 20"
+    options = "--steps 3 --batch-rows 2 --warmup-steps 1 --validate-tokens 40"
     assert main(["train", *files, "--output", str(tmp_path / "draft"), *options.split()]) == 0
     target, _, draft = FSPADDraftModel.load_pair(tmp_path / "draft", target=tmp_path / "target")
     inputs = tiny_vision.inputs(name, (1,))

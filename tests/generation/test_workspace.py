@@ -100,7 +100,7 @@ def test_a_target_that_is_not_captured(captured, prompt, change, reason):
     [
         lambda model, draft: [setattr(layer.self_attn, "scaling", 0.01) for layer in model.model.layers],
         lambda model, draft: torch.set_float32_matmul_precision("high"),
-        lambda model, draft: setattr(draft.config, "coupling_kappa", 0.3),
+        lambda model, draft: setattr(draft.config, "rms_norm_eps", 0.3),
         lambda model, draft: setattr(model.config, "rms_norm_eps", 0.5),
     ],
     ids=["attribute", "precision", "draft", "config"],

@@ -47,7 +47,7 @@ def ablate(files, output, **changes):
 
         return counted
 
-    settings = {"max_steps": 2, "warmup_steps": 1, "eval_tokens": 20, "coupling_positions": 20, "linear_start": True}
+    settings = {"max_steps": 2, "warmup_steps": 1, "eval_tokens": 20, "linear_start": True}
     settings |= {"per_device_train_batch_size": 2}
     settings |= {name: changes.pop(name) for name in FSPADTrainingArguments.__dataclass_fields__ if name in changes}
     options = {"questions": str(files / "questions.jsonl"), "seeds": (3, 5), "per_task": 3, "max_new_tokens": TOKENS}

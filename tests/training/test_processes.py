@@ -62,13 +62,13 @@ def test_two_processes_are_one(files, tmp_path, capsys, beyond):
         torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=1e-3, msg=name)
     told = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
     assert [about["processes"] for about in told] == [1, 2]
-    for name in ("validation_tau", "validation_coupled_tau", "validation_hit_3", "coupling_kappa", "best_step"):
+    for name in ("validation_tau", "validation_coupled_tau", "validation_hit_3", "best_step"):
         assert told[0][name] == pytest.approx(told[1][name], abs=1e-6), name
 
 
 def test_a_run_killed_between_checkpoints_goes_on_as_if_nothing_had_been(files, tmp_path, capsys):
     options = "--steps 200 --batch-rows 2 --log-every 1 --checkpoint-every 40 --validate-every 50"
-    options += " --validate-tokens 30 --coupling-positions 0"
+    options += " --validate-tokens 30"
     command = ["train", *files, *options.split(), "--output"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     expected = shown_steps(capsys.readouterr().out)

@@ -24,7 +24,7 @@ from fspad_hf_cli import main, make_parser
 from ..conftest import fresh_draft
 from .runs import all_counted, shown_steps, trained, write_files
 
-OPTIONS = "--max-steps 6 --batch-rows 2 --warmup-steps 2 --eval-tokens 40 --coupling-positions 50"
+OPTIONS = "--max-steps 6 --batch-rows 2 --warmup-steps 2 --eval-tokens 40"
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,6 @@ def test_provenance(command, files, tmp_path, capsys):
     told = read_provenance(tmp_path / "draft" / "training.json")
     draft = FSPADDraftModel.from_pretrained(tmp_path / "draft")
     assert told["weights_sha256"] == draft.config.weights_sha256 and told["weights_of_step"] == told["best_step"]
-    assert told["coupling_kappa"] == draft.speculation_config.coupling_kappa
-    assert 0 < told["coupling_positions"] < 100
-    assert told["coupling_sharpness"] == draft.speculation_config.coupling_sharpness
     assert told["target"] == "target" and told["data"] == ["ids.npy"] and told["lr_scheduler_type"] == "linear"
     assert (told["rows"], told["held_out_rows"], told["tokens"], told["epochs"]) == (38, 2, 38 * 40, 0.32)
     assert [told[option.strip("-").replace("-", "_")] for option in beyond[::2]] == [2, 0.5, 0.3, 5]
@@ -175,17 +172,17 @@ def test_an_interrupt_in_the_last_evaluation_is_not_lost(command, tmp_path, monk
 
 
 def test_a_checkpoint_of_another_run_is_refused(command, files, tmp_path, capsys):
-    assert main([*command, "--coupling-positions", "0"]) == 0
-    said = refused(capsys, [*command, "--coupling-positions", "0", "--learning-rate", "0.01", "--seed", "3"])
+    assert main([*command]) == 0
+    said = refused(capsys, [*command, "--learning-rate", "0.01", "--seed", "3"])
     assert "learning_rate 0.001 -> 0.01, seed 0 -> 3)" in said
     rows = np.load(files[3])
     rows[0, 30] += 1
     np.save(tmp_path / "other.npy", rows)
-    said = refused(capsys, [*command, "--coupling-positions", "0", "--data", str(tmp_path / "other.npy")])
+    said = refused(capsys, [*command, "--data", str(tmp_path / "other.npy")])
     assert "(data_sha256 " in said and "learning_rate" not in said
-    said = refused(capsys, [*command, "--coupling-positions", "0", "--draft-vocab-size", "40"])
+    said = refused(capsys, [*command, "--draft-vocab-size", "40"])
     assert "draft_vocab_size null -> 40)" in said
-    assert main([*command, "--coupling-positions", "0", "--micro-rows", "1", "--checkpoint-every", "9"]) == 0
+    assert main([*command, "--micro-rows", "1", "--checkpoint-every", "9"]) == 0
 
 
 def test_a_loss_that_is_no_number_is_one_line(command, monkeypatch, capsys):
@@ -285,7 +282,7 @@ def test_the_plan_is_the_whole_run_and_writes_nothing(command, files, tmp_path, 
     assert "steps 6 of 2 rows, 0.60 epochs" in shown and "parameters, " in shown and not (tmp_path / "draft").exists()
 
 
-STILL = ["--max-steps", "1", "--learning-rate", "1e-30", "--coupling-positions", "0"]  # leaves the weights as they are
+STILL = ["--max-steps", "1", "--learning-rate", "1e-30"]  # leaves the weights as they are
 
 
 @pytest.fixture
@@ -294,7 +291,7 @@ def begun(llama, tokenizer, tmp_path):
     torch.manual_seed(77)
     draft = FSPADDraftModel.from_target(
         llama, intermediate_size=24, partial_alignment=False, draft_vocab_size=30, tree_depth=3, tree_top_k=4,
-        tree_total_nodes=9, coupling_kappa=0.6, eos_token_id=5, target_name_or_path="org/base",
+        tree_total_nodes=9, coupled_drafting=False, eos_token_id=5, target_name_or_path="org/base",
     )  # fmt: skip
     draft.draft_vocab_ids = torch.arange(1, 60, 2)
     draft.save_pretrained(tmp_path / "begun", tokenizer=tokenizer)
@@ -333,7 +330,7 @@ def test_start_from_drafts_the_ids_that_this_data_has_if_told(command, files, be
 
 
 def test_a_run_of_another_start_is_another_run(command, begun, tmp_path, tokenizer, monkeypatch, capsys):
-    started = [*command, "--coupling-positions", "0", "--log-every", "1", "--start-from", str(begun)]
+    started = [*command, "--log-every", "1", "--start-from", str(begun)]
     saved = []
     with monkeypatch.context() as patch:
         interrupt_after(patch, 3)
