@@ -93,7 +93,7 @@ def run_training(
         found = load_training_rows(
             sources, tokenizer, data.row_length, data.split, () if model else data.exclude, planned.vocab_size
         )
-    chosen, held_out, dropped = _choose(found, rows)
+    chosen, held_out, dropped = choose_rows(found, rows)
     if plan:
         print_plan(planned, target, data, args, chosen, held_out, console)
         _describe(chosen, held_out, dropped, tokenizer, console)
@@ -157,7 +157,7 @@ def _load(target: str, dtype: torch.dtype, device_map, args: FSPADTrainingArgume
     return load_target(target, dtype, device_map, device)
 
 
-def _choose(found: TrainingRows, rows: int | None) -> tuple[TrainingRows, TrainingRows, int]:
+def choose_rows(found: TrainingRows, rows: int | None) -> tuple[TrainingRows, TrainingRows, int]:
     """What is trained on, what is held out, and how many rows hold no answer, which are left out."""
     available = len(found) - found.held_out
     answered = found[:available].counted().mask.any(1).nonzero()[:, 0]

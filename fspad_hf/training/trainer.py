@@ -56,9 +56,8 @@ class FSPADTrainer(Trainer):
         train_dataset: `input_ids`, `labels` (-100 where a token is not the assistant's) and, of packed rows,
             `position_ids` that start again with each document: a `datasets.Dataset`, or anything [`TrainingRows.of`]
             takes.
-        eval_dataset: held-out rows of the same kind, to evaluate on and to fit coupled drafting to. Without them the
-            last weights are kept, with them those of the best `metric_for_best_model`: tau, coupled_tau, loss, top1,
-            ... (see [`validate`]).
+        eval_dataset: held-out rows of the same kind, to evaluate on. Without them the last weights are kept, with
+            them those of the best `metric_for_best_model`: tau, coupled_tau, loss, top1, ... (see [`validate`]).
         processing_class: the target's tokenizer, saved with the draft.
         about: what else training.json should say, or say otherwise: scalars and lists of them.
         kwargs: callbacks, optimizers, ...: as for [`~transformers.Trainer`].
@@ -117,7 +116,7 @@ class FSPADTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
-        As [`~transformers.Trainer.train`], with coupled drafting fitted at the end.
+        As [`~transformers.Trainer.train`], with the target read first where its outputs are kept.
 
         Args:
             resume_from_checkpoint: a folder, or True for the newest whole checkpoint in the output folder; a run that
