@@ -386,13 +386,14 @@ def _print_plan(drafts: list[Draft], target: str, measured: dict, state) -> None
 
     console = Console(quiet=not state.is_main_process)
     console.print(f"{measured['prompts']} prompts, {measured['max_new_tokens']} new tokens; the drafts:")
+    width = max(len(draft.folder.name) for draft in drafts)
     for draft in drafts:
         parameters = make_plan(target, draft.fields, False).parameters
         begun = last_checkpoint(draft.folder)
         at = "trained" if draft.provenance() else "begun" if begun else "to train"
         if draft.provenance() and _rows(draft, measured) is not None:
             at = "trained and measured"
-        line = f"{draft.folder.name:<22} {draft.title}, {parameters:,} parameters, seed {draft.args.seed}: {at}"
+        line = f"{draft.folder.name:<{width}} {draft.title}, {parameters:,} parameters, seed {draft.args.seed}: {at}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
