@@ -123,7 +123,7 @@ def run(
         state: where weights and moments are kept; a run that finds some goes on from there.
     """
     batch, frozen = min(4 if options.rehearse else ROWS, len(features.rows.ids)), features.frozen
-    optimizers = _optimizers(draft, recipe)
+    optimizers = make_optimizers(draft, recipe.muon)
     step = _restored(draft, optimizers, state) if state is not None else 0
     draft.train()
     order, queue = torch.Generator().manual_seed(seed + step), torch.empty(0, dtype=torch.long)
@@ -169,13 +169,13 @@ def _share(step: int, steps: int | None, passed: float, seconds: float | None) -
     return step / steps if steps is not None else min(passed / seconds, 1.0)
 
 
-def _optimizers(draft: FSPADDraftModel, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    matrices = [weight for weight in draft.parameters() if weight.ndim == 2] if recipe.muon else []
-    chosen = {id(weight) for weight in matrices}
-    others = [weight for weight in draft.parameters() if id(weight) not in chosen]
-    made = [torch.optim.AdamW(others, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
-    if matrices:
-        made.append(torch.optim.Muon(matrices, lr=0.0, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
+def make_optimizers(draft: FSPADDraftModel, muon: bool, rate: float = 0.0) -> list[torch.optim.Optimizer]:
+    """AdamW, or with `muon` Muon for the matrices and AdamW for the rest."""
+    others = [weight for weight in draft.parameters() if not muon or weight.ndim != 2]
+    made = [torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    if muon:
+        matrices = [weight for weight in draft.parameters() if weight.ndim == 2]
+        made.append(torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"))
     return made
 
 

@@ -4,7 +4,7 @@ Which way of training a draft is best in equal time: short trainings on the same
     python benchmarks/trials.py --target DIR_OR_HUB_ID --data ROWS --keep-features DIR --output trials.jsonl
 
 Every trial begins at the same linear guess and gets `--seconds` of training, whatever a step of it costs; the cosine
-ends with them. A trial that stands in `--output` is not run again.
+ends with them. A trial that stands in `--output` with the same options is not run again.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from gpu_training import new_draft
+from gpu_training import make_optimizers, new_draft
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 from fspad_hf import FSPADTrainer, FSPADTrainingArguments
@@ -65,21 +65,11 @@ class Together(torch.optim.Optimizer):
             optimizer.step()
 
 
-def muon(draft: torch.nn.Module, rate: float) -> Together:
-    """Muon for the matrices, AdamW for the rest."""
-    matrices = [weight for weight in draft.parameters() if weight.ndim == 2]
-    others = [weight for weight in draft.parameters() if weight.ndim != 2]
-    return Together(
-        torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0),
-    )
-
-
 def main(argv: list[str] | None = None) -> None:
     options = make_parser().parse_args(argv)
-    done = {}
-    if options.output.exists():
-        done = {told["trial"]: told for told in map(json.loads, options.output.read_text().splitlines())}
+    asked = {name: getattr(options, name) for name in ("target", "data", "rows", "seconds", "eval_tokens", "dtype")}
+    lines = options.output.read_text().splitlines() if options.output.exists() else []
+    done = {told["trial"]: told for told in map(json.loads, lines) if told["options"] == asked}
     bf16 = options.dtype == "bfloat16"
     tokenizer = AutoTokenizer.from_pretrained(options.target)
     target = load_target(options.target, getattr(torch, options.dtype), None, torch.device("cpu"))
@@ -95,8 +85,9 @@ def main(argv: list[str] | None = None) -> None:
             eval_rows=48, eval_tokens=options.eval_tokens, **fields,
         )  # fmt: skip
         draft = new_draft(target, rows)
-        chosen = {"optimizers": (muon(draft, args.learning_rate), None)} if uses_muon else {}
-        made = FSPADTrainer(draft, target, args, rows, held_out if evaluate else None, **chosen)
+        optimizer = Together(*make_optimizers(draft, True, args.learning_rate)) if uses_muon else None
+        held = held_out if evaluate else None
+        made = FSPADTrainer(draft, target, args, rows, held, optimizers=(optimizer, None))
         made.remove_callback(PrinterCallback)
         if evaluate:
             made.add_callback(LogLines())
@@ -118,7 +109,7 @@ def main(argv: list[str] | None = None) -> None:
             told = next(line for line in reversed(run.state.log_history) if "eval_loss" in line)
         figures = {what: round(told[f"eval_{what}"], 4) for what in SHOWN if f"eval_{what}" in told}
         done[name] = {"trial": name, "steps": steps, "seconds": round(run.sitting), "seconds_a_step": round(each, 3)}
-        done[name] |= figures
+        done[name] |= figures | {"options": asked}
         with options.output.open("a") as file:
             file.write(json.dumps(done[name]) + "\n")
     print(f"| trial | steps | {' | '.join(SHOWN)} |\n|---|---|{'---|' * len(SHOWN)}")

@@ -4,7 +4,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -126,7 +125,6 @@ DRAFT_ALONE = {
 def test_commands_with_a_draft_alone_take_the_target_that_it_names(tmp_path, monkeypatch, tokenizer, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "q.jsonl").write_text('{"category": "qa", "turns": ["Why?"]}')
-    np.save(tmp_path / "rows.npy", np.ones((60, 40), dtype=np.uint16))
     fresh_draft(tiny.build("llama"), target_name_or_path="alice/target").save_pretrained("d", tokenizer=tokenizer)
 
     def load_pair(draft, *, target, **kwargs):

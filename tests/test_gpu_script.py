@@ -141,7 +141,7 @@ def test_training_goes_on_from_its_own_parts(tmp_path, recipe):
         ends.append(figures)
     assert ends[1]["steps_in_all"] == ends[0]["steps_in_all"] + ends[1]["steps"] > ends[1]["steps"]
     parts.join(state.with_name("train.safetensors.parts.json"))
-    optimizers = gpu_training._optimizers(first, recipe)
+    optimizers = gpu_training.make_optimizers(first, recipe.muon)
     assert gpu_training._restored(first, optimizers, state) == ends[1]["steps_in_all"]
     for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(ours, theirs)

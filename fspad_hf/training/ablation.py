@@ -389,10 +389,8 @@ def _print_plan(drafts: list[Draft], target: str, measured: dict, state) -> None
     width = max(len(draft.folder.name) for draft in drafts)
     for draft in drafts:
         parameters = make_plan(target, draft.fields, False).parameters
-        begun = last_checkpoint(draft.folder)
-        at = "trained" if draft.provenance() else "begun" if begun else "to train"
-        if draft.provenance() and _rows(draft, measured) is not None:
-            at = "trained and measured"
+        at = "trained" if draft.provenance() else "begun" if last_checkpoint(draft.folder) else "to train"
+        at += " and measured" if draft.provenance() and _rows(draft, measured) is not None else ""
         line = f"{draft.folder.name:<{width}} {draft.title}, {parameters:,} parameters, seed {draft.args.seed}: {at}"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 

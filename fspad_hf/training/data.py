@@ -130,7 +130,7 @@ class DataConfig:
 
 def load_training_rows(
     data: Sequence[str | Path], tokenizer: PreTrainedTokenizerBase, row_length: int = 1024, split: str = "train",
-    exclude: Sequence[str | Path] = (), vocab_size: int | None = None, last: int | None = None,
+    exclude: Sequence[str | Path] = (), vocab_size: int | None = None,
 ) -> TrainingRows:  # fmt: skip
     """
     Rows to train on, from whatever `--data` names.
@@ -143,7 +143,6 @@ def load_training_rows(
         split: of a Hub data set.
         exclude: files of prompts, see [`load_excluded`]; conversations that hold one are dropped.
         vocab_size: the target's; no id may reach it.
-        last: only so many rows from the end; no others are looked at.
 
     Raises:
         ValueError: nothing there, both kinds at once, data of another tokenizer or template, or a mask that is all
@@ -154,9 +153,9 @@ def load_training_rows(
         raise ValueError(f"data={[str(source) for source in data]}: expected token rows or conversations, not both.")
     excluded = load_excluded(exclude)
     if kinds.pop():
-        rows = _token_rows(data, tokenizer, excluded, last)
+        rows = _token_rows(data, tokenizer, excluded)
     else:
-        rows = _packed(data, tokenizer, row_length, split, excluded)[-(last or 0) :]
+        rows = _packed(data, tokenizer, row_length, split, excluded)
     highest = int(rows.ids.max())
     if vocab_size is not None and highest >= vocab_size:
         raise ValueError(
@@ -225,7 +224,7 @@ def is_token_rows(source: str | Path) -> bool:
     return path.is_dir() or path.suffix == ".npy"
 
 
-def _token_rows(data: Sequence[str | Path], tokenizer, excluded: list[str], last: int | None) -> TrainingRows:
+def _token_rows(data: Sequence[str | Path], tokenizer, excluded: list[str]) -> TrainingRows:
     if excluded:
         raise ValueError(
             "exclude works on conversations: write token rows without those prompts by fspad-hf selfplay."
@@ -238,7 +237,7 @@ def _token_rows(data: Sequence[str | Path], tokenizer, excluded: list[str], last
                     f"data={str(folder)!r} was written by {made.get('target')!r} in another chat template than this "
                     "target's: expected rows of the same target; write them with fspad-hf selfplay."
                 )
-    ids = torch.from_numpy(load_token_rows(data)[-(last or 0) :].astype(np.int64))
+    ids = torch.from_numpy(load_token_rows(data).astype(np.int64))
     if ids.numel() == 0:
         raise ValueError(f"data={[str(source) for source in data]} holds no rows: expected token ids, [rows, length].")
     return TrainingRows(ids, span_mask(ids, *assistant_span(tokenizer)), None)

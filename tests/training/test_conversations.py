@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fspad_hf import FSPADDraftModel
-from fspad_hf.training import data
 from fspad_hf.training.conversations import conversation, load_conversations, tokenize
 from fspad_hf.training.data import load_training_rows, span_mask
 from fspad_hf.training.preview import TRAINED, preview
@@ -230,22 +229,6 @@ def test_conversations_become_rows(tmp_path):
     assert 1 < len(dropped) < len(chats)  # "why 13" contains it, too
     lost = sum(sum(tokenize(tokenizer, chat[: len(chat) // 2 * 2])[1]) for chat in dropped)
     assert fewer.mask.sum() == rows.mask.sum() - lost
-
-
-def test_the_last_rows_alone_are_masked(tmp_path, monkeypatch):
-    tokenizer = chat_tokenizer("chatml")
-    said = torch.tensor([tokenizer.apply_chat_template(CHAT, return_dict=True)["input_ids"]] * 6)
-    said[:, -1] = torch.arange(6)
-    np.save(tmp_path / "a.npy", said.numpy().astype(np.uint16))
-    write_chats(tmp_path / "a.jsonl")
-    whole = {name: load_training_rows([tmp_path / name], tokenizer, row_length=200) for name in ("a.npy", "a.jsonl")}
-    seen = []
-    monkeypatch.setattr(data, "span_mask", lambda ids, *args: seen.append(len(ids)) or span_mask(ids, *args))
-    for name, rows in whole.items():
-        for last in (2, 100):
-            few = load_training_rows([tmp_path / name], tokenizer, row_length=200, last=last)
-            assert torch.equal(few.ids, rows.ids[-last:]) and torch.equal(few.mask, rows.mask[-last:])
-    assert seen == [2, 6]
 
 
 def test_bad_rows(tmp_path):

@@ -172,7 +172,7 @@ def test_an_interrupt_in_the_last_evaluation_is_not_lost(command, tmp_path, monk
 
 
 def test_a_checkpoint_of_another_run_is_refused(command, files, tmp_path, capsys):
-    assert main([*command]) == 0
+    assert main(command) == 0
     said = refused(capsys, [*command, "--learning-rate", "0.01", "--seed", "3"])
     assert "learning_rate 0.001 -> 0.01, seed 0 -> 3)" in said
     rows = np.load(files[3])

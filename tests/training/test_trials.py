@@ -2,12 +2,16 @@ import json
 
 import torch
 import trials
+from gpu_training import make_optimizers
+from trials import Together
 
 from ..conftest import fresh_draft
 from .runs import write_files
 
 
-def test_trials_of_equal_time_are_kept_and_compared(llama, tokenizer, tmp_path, capsys):
+def test_trials_of_equal_time_are_kept_and_compared(llama, tokenizer, tmp_path, capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(trials, "Together", lambda *parts: made.append(parts) or Together(*parts))
     options = write_files(tmp_path, llama, tokenizer)
     options += ["--keep-features", str(tmp_path / "kept"), "--output", str(tmp_path / "trials.jsonl"), "--rows", "30"]
     options += ["--seconds", "0.5", "--eval-tokens", "40"]
@@ -16,7 +20,10 @@ def test_trials_of_equal_time_are_kept_and_compared(llama, tokenizer, tmp_path, 
     trials.main([*options, "--only", *chosen])
     told = [json.loads(line) for line in (tmp_path / "trials.jsonl").read_text().splitlines()]
     assert [one["trial"] for one in told] == chosen[::-1]  # the second one is run once
+    assert [[type(part).__name__ for part in parts] for parts in made] == [["AdamW", "Muon"]] * 2  # timed, then run
     assert all(one["steps"] * one["seconds_a_step"] < 0.7 and one["tau"] > 1 < one["coupled_tau"] for one in told)
+    trials.main([*options, "--seconds", "0.2", "--only", chosen[1]])  # other options: run again
+    assert len((tmp_path / "trials.jsonl").read_text().splitlines()) == 3
     shown = capsys.readouterr().out
     assert all(f"| {one['trial']} | {one['steps']} | {one['tau']:.3f} |" in shown for one in told)
 
@@ -24,7 +31,7 @@ def test_trials_of_equal_time_are_kept_and_compared(llama, tokenizer, tmp_path, 
 def test_muon_moves_matrices_and_adamw_the_rest(llama):
     draft = fresh_draft(llama)
     before = {name: weight.clone() for name, weight in draft.named_parameters()}
-    optimizer = trials.muon(draft, 1e-2)
+    optimizer = Together(*make_optimizers(draft, True, 1e-2))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
     assert all(group["lr"] == 5e-3 for one in optimizer.optimizers for group in one.param_groups)
     for weight in draft.parameters():
