@@ -50,6 +50,7 @@ VARIANTS = {  # name of its folders: what reports call it, its fields
     "no-partial-alignment": ("without partial alignment", {"feature_sampling": True, "partial_alignment": False}),
     "eagle2": (BASELINE, {"feature_sampling": False, "partial_alignment": False}),
 }
+BETWEEN = tuple(VARIANTS)[1:-1]
 MEASURED = "measured"
 SAME = ("data_sha256", "held_out_sha256", "target_revision")  # beyond settings, what the drafts of a seed must share
 SHOWN = ("parameters", "seconds", "weights_of_step", "device", "rows", "row_length", "steps", "batch_rows")
@@ -84,6 +85,7 @@ def run_ablation(
     args: FSPADTrainingArguments,
     questions: str | None = None,
     seeds: Sequence[int] = (0, 1),
+    between: Sequence[str] = BETWEEN,
     per_task: int = 40,
     max_new_tokens: int = 128,
     dtype: torch.dtype = torch.float32,
@@ -101,7 +103,8 @@ def run_ablation(
     Args:
         args: of all trainings but for the seed and the folder, which is one of the drafts' folders.
         questions: Spec-Bench's question.jsonl; by default the published one, downloaded once.
-        seeds: of the trainings of FSPAD and of EAGLE-2; the two in between have the first one.
+        seeds: of the trainings of FSPAD and of EAGLE-2; those in between have the first one.
+        between: which drafts with one of the two parts.
         per_task, max_new_tokens: questions of each task, and tokens of each answer.
         draft_overrides: other fields of [`FSPADConfig`], the same for all drafts.
         plan: print what would be done, and do nothing.
@@ -122,7 +125,8 @@ def run_ablation(
         asked = [(question.task, question.turns[0]) for question in read_questions(questions, per_task)]
     check_reachable(target, "target")
     fields = {**(draft_overrides or {}), "draft_vocab_size": training.get("draft_vocab_size")}
-    drafts = _drafts(args, seeds, {**fields, "draft_vocab_size": make_plan(target, fields).draft_vocab_size})
+    fields["draft_vocab_size"] = make_plan(target, fields).draft_vocab_size
+    drafts = _drafts(args, seeds, between, fields)
     _check(args, data, max_new_tokens)
     measured = _measurement(target, asked, per_task, max_new_tokens, dtype)
     _check_begun(drafts, [_wanted(draft, target, data, dtype, training) for draft in drafts], measured, state)
@@ -139,13 +143,17 @@ def run_ablation(
     return _report(drafts, target, measured, Path(args.output_dir), state.device)
 
 
-def _drafts(args: FSPADTrainingArguments, seeds: Sequence[int], overrides: dict) -> list[Draft]:
+def _drafts(
+    args: FSPADTrainingArguments, seeds: Sequence[int], between: Sequence[str], overrides: dict
+) -> list[Draft]:
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds={list(seeds)}: expected one or more, each once and 0 or more.")
+    if unknown := sorted(set(between) - set(BETWEEN)):
+        raise ValueError(f"between={unknown} are no drafts of one part: expected some of {list(BETWEEN)}, or none.")
     made = []
     for seed in seeds:
-        for variant, (title, fields) in VARIANTS.items():
-            if seed != seeds[0] and title not in (OURS, BASELINE):
+        for variant, (_, fields) in VARIANTS.items():
+            if variant in BETWEEN and (variant not in between or seed != seeds[0]):
                 continue
             own = replace(args, seed=seed, output_dir=str(Path(args.output_dir) / f"{variant}-seed{seed}"))
             made.append(Draft(variant, own, {**overrides, **fields}))

@@ -27,8 +27,8 @@ class StepChecks(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: FSPADTrainingArguments, state, control, model=None, **kwargs):
         gradients = [weight.grad for weight in model.parameters() if weight.grad is not None]
-        largest = torch.nn.utils.get_total_norm(gradients, math.inf)
-        if not (largest := float(getattr(largest, "full_tensor", lambda: largest)())) < math.inf:
+        ends = [end for gradient in gradients for end in torch.aminmax(gradient)]
+        if ends and not (largest := float(torch.stack(ends).abs().max())) < math.inf:
             raise FloatingPointError(
                 f"The largest gradient is {largest} at step {state.global_step + 1}: lower "
                 f"learning_rate={args.learning_rate}; the last good checkpoint stands in {args.output_dir}."

@@ -2,6 +2,7 @@ from . import add_questions_argument
 from .train import add_shared_arguments, take_configs, told_once
 
 ABOUT = "train FSPAD and its ablations (EAGLE-2 among them) alike, and compare their tau"
+BETWEEN = ("no-feature-sampling", "no-partial-alignment")
 
 
 def add_arguments(parser) -> None:
@@ -13,6 +14,10 @@ def add_arguments(parser) -> None:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=(0, 1), metavar="N", help="of FSPAD and EAGLE-2 (default: 0 1)"
     )
+    parser.add_argument(
+        "--between", nargs="*", default=BETWEEN, choices=BETWEEN, metavar="NAME",
+        help=f"drafts with one of the parts (default: {' '.join(BETWEEN)})",
+    )  # fmt: skip
     parser.add_argument("--per-task", type=int, default=40, metavar="N", help="prompts a task (default: 40)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens an answer (default: 128)")
     parser.add_argument("--plan", action="store_true", help="print what would be done, and do nothing")

@@ -181,6 +181,21 @@ def test_finished_work_is_not_done_again(files, folder):
     assert not list(folder.rglob(".*"))
 
 
+def test_the_drafts_in_between_may_be_left_out(files, folder, capsys):
+    before = json.loads((folder / "results.json").read_text())["figures"]
+    found = ablate(files, folder, between=())
+    assert found.trained == [] and found.simulated == 0
+    for mode, drafts in before.items():
+        assert found.results["figures"][mode] == {name: drafts[name] for name in ("FSPAD", "EAGLE-2")}
+    one = ablate(files, folder, between=["no-partial-alignment"]).results["figures"]["greedy"]
+    assert list(one) == ["FSPAD", "without partial alignment", "EAGLE-2"]
+    with pytest.raises(ValueError, match=r"between=\['eagle2'\] are no drafts of one part: expected some of"):
+        ablate(files, folder, between=["eagle2"])
+    capsys.readouterr()
+    assert main(command(files, folder / "x", "--plan", "--between", "--seeds", "3")) == 0
+    assert re.findall(r"^(\S+)-seed3 ", capsys.readouterr().out, re.MULTILINE) == ["fspad", "eagle2"]
+
+
 def test_other_weights_are_measured_anew(files, folder):
     path = folder / "measured" / f"{NAMES[1]}.json"
     kept = json.loads(path.read_text())
