@@ -121,7 +121,8 @@ class FrozenTarget:
         for some in zip(*(index.split(at_once) for index in places), strict=True):
             logits = self.logits(features[some]).float()
             values, tokens = logits.topk(self.top_k, dim=-1)
-            values = values - logits.logsumexp(-1, keepdim=True)
+            peak = values[:, :1]
+            values = values - peak - logits.sub_(peak).exp_().sum(-1, keepdim=True).log()
             top_ids[some], top_log_probs[some] = tokens.to(top_ids.device), values.to(top_ids.device)
         return TargetOutputs(features, top_ids, top_log_probs)
 
