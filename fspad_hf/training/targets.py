@@ -25,6 +25,7 @@ LOGITS_AT_ONCE = 1 << 26  # a quarter of a gigabyte in float32, several times
 LOGITS_AT_ONCE_CPU = 1 << 22  # 16 MB, which malloc uses again; larger blocks come from the kernel, zeroed, each time
 SHARD_ROWS = 64
 ROWS_AT_ONCE = 8
+TOKENS_AT_ONCE_CPU = 1024  # for the same reason
 
 
 @dataclass
@@ -170,9 +171,11 @@ class KeptOutputs:
             first: the number of the first shard to make; by default the first that is not there.
             write: False: only read the target, as the processes must that hold a part of it.
         """
+        on_cpu, length = self.frozen.input_device.type == "cpu", self.rows.ids.shape[1]
+        at_once = max(TOKENS_AT_ONCE_CPU // length, 1) if on_cpu else ROWS_AT_ONCE
         for number in range(self.made if first is None else first, len(self.starts)):
             rows = self._rows(number)
-            parts = [self._outputs(rows[i : i + ROWS_AT_ONCE]) for i in range(0, len(rows), ROWS_AT_ONCE)]
+            parts = [self._outputs(rows[i : i + at_once]) for i in range(0, len(rows), at_once)]
             if not write:
                 continue
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
