@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from rich.console import Console
 from transformers import AutoTokenizer
 
 from ..configuration_fspad import FSPADConfig
@@ -104,7 +105,7 @@ def run_ablation(
         args: of all trainings but for the seed and the folder, which is one of the drafts' folders.
         questions: Spec-Bench's question.jsonl; by default the published one, downloaded once.
         seeds: of the trainings of FSPAD and of EAGLE-2; those in between have the first one.
-        between: which drafts with one of the two parts.
+        between: the drafts with one of the two parts: "no-feature-sampling", "no-partial-alignment", both or neither.
         per_task, max_new_tokens: questions of each task, and tokens of each answer.
         draft_overrides: other fields of [`FSPADConfig`], the same for all drafts.
         plan: print what would be done, and do nothing.
@@ -143,13 +144,11 @@ def run_ablation(
     return _report(drafts, target, measured, Path(args.output_dir), state.device)
 
 
-def _drafts(
-    args: FSPADTrainingArguments, seeds: Sequence[int], between: Sequence[str], overrides: dict
-) -> list[Draft]:
+def _drafts(args: FSPADTrainingArguments, seeds, between, overrides: dict) -> list[Draft]:
     if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise ValueError(f"seeds={list(seeds)}: expected one or more, each once and 0 or more.")
     if unknown := sorted(set(between) - set(BETWEEN)):
-        raise ValueError(f"between={unknown} are no drafts of one part: expected some of {list(BETWEEN)}, or none.")
+        raise ValueError(f"between={unknown}: expected some of {list(BETWEEN)}, or none.")
     made = []
     for seed in seeds:
         for variant, (_, fields) in VARIANTS.items():
@@ -235,8 +234,6 @@ def _measurement(
 
 
 def _train(drafts: list[Draft], target: str, data: DataConfig, dtype: torch.dtype, training: dict, state) -> None:
-    from rich.console import Console
-
     console = Console(quiet=not state.is_main_process)
     # The main process's disk decides for all: another machine may not see it.
     left = set(broadcast_object_list([[d.args.output_dir for d in drafts if d.provenance() is None]])[0])
@@ -321,8 +318,6 @@ def _read_kept(path: Path, settings: dict) -> dict | None:
 
 
 def _report(drafts: list[Draft], target: str, measured: dict, folder: Path, device: torch.device) -> dict:
-    from rich.console import Console
-
     figures = figures_of([(d.title, d.args.seed, _rows(d, measured)) for d in drafts])
     results = {
         "title": f"The parts of FSPAD on {Path(target).name}",
@@ -390,8 +385,6 @@ def _figures(taus: dict[int, tuple[dict[str, float], float]]) -> dict:
 
 
 def _print_plan(drafts: list[Draft], target: str, measured: dict, state) -> None:
-    from rich.console import Console
-
     console = Console(quiet=not state.is_main_process)
     console.print(f"{measured['prompts']} prompts, {measured['max_new_tokens']} new tokens; the drafts:")
     width = max(len(draft.folder.name) for draft in drafts)

@@ -136,8 +136,7 @@ def step_losses(
     counted = torch.stack([mask[first] for mask in masks], dim=1)  # [positions, steps]
     width = target.view.text_config.vocab_size if drafted is None else len(drafted)
     chunk = chunk or positions_at_once(x.device, width)
-    scratch = torch.empty(min(chunk, len(x)), width, device=target.head_device)
-    logit, top1 = _ChunkedCrossEntropy.apply(x, columns, p, counted, lambda x: target.logits(x, drafted), scratch)
+    logit, top1 = _ChunkedCrossEntropy.apply(x, columns, p, counted, lambda x: target.logits(x, drafted), chunk)
     return [LossSums(*sums) for sums in zip(regressed, logit, top1, counted.sum(0), strict=True)]
 
 
@@ -194,13 +193,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     how often the first column is the likeliest one.
 
     x `[positions, steps, hidden]`, columns and p `[positions, k]` (a column of -1 has p = 0), counted
-    `[positions, steps]`, scratch `[chunk, vocabulary]`: where the chunks' logits are worked on, in float32. To a CPU
-    fresh memory for them costs as much as the work.
+    `[positions, steps]`.
     """
 
     @staticmethod
-    def forward(ctx, x, columns, p, counted, head, scratch):
-        steps, chunk = x.shape[1], max(len(scratch), 1)
+    def forward(ctx, x, columns, p, counted, head, chunk):
+        steps = x.shape[1]
         total, top1 = x.new_zeros(steps, dtype=torch.float32), x.new_zeros(steps, dtype=torch.long)
         gradient = torch.empty_like(x)
         for start in range(0, len(x), chunk):
@@ -208,9 +206,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for step in range(steps):
                 # what does not count at one step does not at a later one
                 wanted = p[part] * counted[part, step, None]
-                loss, hits, gradient[part, step] = _cross_entropy(
-                    x.detach()[part, step], columns[part], wanted, head, scratch
-                )
+                loss, hits, gradient[part, step] = _cross_entropy(x.detach()[part, step], columns[part], wanted, head)
                 total[step] += loss.to(total.device)
                 top1[step] += (hits & counted[part, step]).sum()
         ctx.save_for_backward(gradient)
@@ -223,12 +219,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return gradient * grad_total[:, None], None, None, None, None, None
 
 
-def _cross_entropy(x, columns, p, head, scratch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _cross_entropy(x, columns, p, head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss, hits and the gradient of x; a function of its own, so that its logits die with it."""
     with torch.enable_grad():
         x = x.requires_grad_()
         logits = head(x)
-    values = scratch[: len(x)].copy_(logits.detach())
+    values = logits.detach().to(torch.float32, copy=True)  # worked on in place: memory for more costs a CPU time
     columns, p = columns.to(values.device), p.to(values.device)
     places, peak = columns.clamp(min=0), values.amax(-1, keepdim=True)
     chosen = values.gather(1, places)

@@ -25,7 +25,7 @@ LOGITS_AT_ONCE = 1 << 26  # a quarter of a gigabyte in float32, several times
 LOGITS_AT_ONCE_CPU = 1 << 22  # 16 MB, which malloc uses again; larger blocks come from the kernel, zeroed, each time
 SHARD_ROWS = 64
 ROWS_AT_ONCE = 8
-TOKENS_AT_ONCE_CPU = 1024  # for the same reason
+TOKENS_AT_ONCE_CPU = 1024  # in place of 8 rows, for the reason of LOGITS_AT_ONCE_CPU
 
 
 @dataclass

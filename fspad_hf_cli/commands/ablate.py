@@ -1,8 +1,9 @@
+import argparse
+
 from . import add_questions_argument
 from .train import add_shared_arguments, take_configs, told_once
 
 ABOUT = "train FSPAD and its ablations (EAGLE-2 among them) alike, and compare their tau"
-BETWEEN = ("no-feature-sampling", "no-partial-alignment")
 
 
 def add_arguments(parser) -> None:
@@ -15,8 +16,8 @@ def add_arguments(parser) -> None:
         "--seeds", type=int, nargs="+", default=(0, 1), metavar="N", help="of FSPAD and EAGLE-2 (default: 0 1)"
     )
     parser.add_argument(
-        "--between", nargs="*", default=BETWEEN, choices=BETWEEN, metavar="NAME",
-        help=f"drafts with one of the parts (default: {' '.join(BETWEEN)})",
+        "--between", nargs="*", default=argparse.SUPPRESS, metavar="NAME",
+        help="drafts with one part: no-feature-sampling, no-partial-alignment, or none (default: both)",
     )  # fmt: skip
     parser.add_argument("--per-task", type=int, default=40, metavar="N", help="prompts a task (default: 40)")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens an answer (default: 128)")

@@ -20,7 +20,6 @@ class Head:
 
     def __init__(self, width=40, hidden=8):
         self.linear = nn.Linear(hidden, width, bias=False).requires_grad_(False)
-        self.head_device = self.linear.weight.device
         self.view = SimpleNamespace(text_config=SimpleNamespace(vocab_size=width))
 
     def logits(self, x, ids=None):
